@@ -1,0 +1,159 @@
+"""What many tests share: isolated caches, a small checkpoint, a folder of pictures, and a way to start real runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+# Before anything imports the libraries that read them.
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
+for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN", "WORLD_SIZE", "RANK"):
+    os.environ.pop(name, None)
+
+CLASSES = ("cat", "dog", "emu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or leaves anything in the user's caches or credential files."""
+    home = tmp_path_factory.mktemp("home")
+    changed = {"HOME": str(home), "HF_HOME": str(home / "hf"), "NETRC": str(home / "netrc")}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    yield home
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+def write_photos(root: Path, splits: dict[str, int], seed: int = 0) -> Path:
+    """Pictures of noise in class folders; the class is a channel that is darker. Sizes do not divide by anything."""
+    random = np.random.default_rng(seed)
+    for split, count in splits.items():
+        for i in range(count):
+            label = i % len(CLASSES)
+            pixels = random.integers(0, 255, (40 + i % 5, 48, 3), dtype=np.uint8)
+            pixels[..., label] //= 2
+            folder = root / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 images to train on, 13 to validate, 11 to test."""
+    return write_photos(tmp_path_factory.mktemp("data") / "photos", {"train": 37, "validation": 13, "test": 11})
+
+
+def write_checkpoint(folder: Path, dropout: float = 0.0, num_labels: int = 5) -> Path:
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=num_labels,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ViT in a folder, loaded by the same code as one from the hub."""
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "vit")
+
+
+@pytest.fixture(scope="session")
+def dropout_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "vit_dropout", dropout=0.1)
+
+
+LAUNCHERS: dict[str, Callable[[int], list[str]]] = {
+    "python": lambda n: [sys.executable, "-m"],
+    "torchrun": lambda n: [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m",
+    ],
+    "accelerate": lambda n: [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+        str(Path(__file__).parents[1] / "configs/accelerate/ddp.yaml"), "--num_processes", str(n),
+        "--main_process_port", "0", "-m",
+    ],
+}  # fmt: skip
+
+
+def command(launcher: str, processes: int, *args: object, module: str = "vit_dist.train") -> list[str]:
+    return [*LAUNCHERS[launcher](processes), module, *map(str, args)]
+
+
+def run(
+    *args: object,
+    launcher: str = "python",
+    processes: int = 1,
+    module: str = "vit_dist.train",
+    expect: int | None = 0,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """Start `vit_dist.train` as a user would and wait for it; fails unless it exits with `expect` (None: any)."""
+    result = subprocess.run(
+        command(launcher, processes, *args, module=module),
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert expect is None or result.returncode == expect, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def run_until_step(step: int, folder: Path, *args: object, launcher: str = "python", processes: int = 1) -> None:
+    """Start a run and kill all of it with SIGKILL once its metrics have reached `step`."""
+    process = subprocess.Popen(
+        command(launcher, processes, "--output_dir", folder, *args),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(row["step"] >= step for row in rows(folder)):
+            # torchrun's workers have sessions of their own and outlive a killed launcher
+            family = [process, *psutil.Process(process.pid).children(recursive=True)]
+            for member in family:
+                member.kill()
+            psutil.wait_procs(family[1:], timeout=10)
+            process.wait()
+            return
+        time.sleep(0.005)
+    output = process.communicate()[0] if process.poll() is not None else "still running"
+    raise AssertionError(f"the run was not there to be killed at step {step}: {output}")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without a line that is being written."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "all_results.json").read_text())

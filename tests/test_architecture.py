@@ -1,0 +1,117 @@
+"""Rules about the code, kept by reading it: who may import whom, and that the README shows the tree as it is."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vit_dist"
+
+# Module -> the modules of ours that it may import. One direction: config -> data -> model -> trainer -> report.
+# A new module must be given its place here.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "console": set(),
+    "distributed": {"errors"},
+    "data.__init__": set(),
+    "data.cache": {"errors", "config"},
+    "data.columns": {"errors", "config"},
+    "data.tables": {"errors", "config", "data.columns", "data.cache"},
+    "data.index": {"errors", "config", "data.cache"},
+    "data.decode": {"errors", "config"},
+    "data.source": {"errors", "config", "data.cache", "data.columns", "data.tables", "data.index"},
+    "data.split": {"errors", "config"},
+    "data.verify": {"errors", "config", "data.cache", "data.decode", "data.split"},
+    "data.transforms": {"errors", "config"},
+    "data.sampler": {"errors"},
+    "data.dataset": {"data.decode", "data.transforms"},
+    "data.pipeline": {
+        "config", "data.dataset", "data.decode", "data.source", "data.split", "data.transforms", "data.verify",
+    },
+    "model": {"errors", "config"},
+    "metrics.__init__": {"errors"},
+    "callbacks.__init__": set(),
+    "callbacks.reproducible": {"data.sampler"},
+    "callbacks.metrics_file": set(),
+    "callbacks.progress": set(),
+    "callbacks.wandb": set(),
+    "trainer": {
+        "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler", "model",
+        "metrics.__init__", "callbacks.reproducible",
+    },
+    "run_folder": {"errors", "config", "distributed"},
+    "trackers": {
+        "config", "run_folder", "trainer", "callbacks.metrics_file", "callbacks.progress", "callbacks.wandb",
+    },
+    "plan": {"__init__", "config", "data.pipeline", "model", "run_folder", "trackers", "trainer"},
+    "report": {"config", "data.dataset", "data.decode"},
+    "results": {
+        "config", "console", "distributed", "data.dataset", "data.pipeline", "metrics.__init__", "report", "run_folder",
+        "trackers", "trainer",
+    },
+    "train": {
+        "config", "console", "distributed", "errors", "data.pipeline", "metrics.__init__", "model", "plan", "results",
+        "run_folder", "trackers", "trainer",
+    },
+    "cli": {"__init__", "train"},
+}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py") if "modules" not in path.parts}
+
+
+def imports(path: Path) -> set[str]:
+    """Our modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vit_dist":
+            base = (node.module or "")[len("vit_dist") :].lstrip(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}".lstrip(".")
+                candidates = (whole, f"{whole}.__init__", base, f"{base}.__init__".lstrip("."))
+                found.add(next(name for name in candidates if name in MODULES))
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_one_way(module: str) -> None:
+    assert module in ALLOWED, "place the new module in the table"
+    assert imports(MODULES[module]) <= ALLOWED[module]
+
+
+def test_the_table_has_no_cycle_and_nothing_stale() -> None:
+    assert set(ALLOWED) == set(MODULES)
+    left = dict(ALLOWED)
+    while left:
+        free = [module for module, needs in left.items() if not needs & left.keys()]
+        assert free, f"a cycle among {sorted(left)}"
+        for module in free:
+            del left[module]
+
+
+def test_lower_layers_do_not_name_higher_ones() -> None:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.sh")]:
+        assert not re.search(r"SLURM_|sbatch|srun", path.read_text()), path
+
+
+def test_the_readme_shows_the_tree_as_it_is() -> None:
+    tree = re.search(r"```\n(vit_dist/.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert tree, "the README's file tree begins with vit_dist/"
+    shown = set(re.findall(r"^\s*([\w./]+)", tree.group(1), re.M))
+    tops = {f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir() if path.name[0] not in "_."}
+    assert tops <= shown, f"missing in the README's tree: {tops - shown}"
+    assert all(any(ROOT.glob(f"**/{name.rstrip('/')}")) for name in shown), "the tree names what is not there"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -1,0 +1,70 @@
+"""Killed with SIGKILL and started again by the same command: the same bits as a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import results, rows, run, run_until_step
+
+ARGS = [
+    "--max_steps", 60, "--learning_rate", "3e-3", "--logging_steps", 1, "--save_steps", 7, "--save_total_limit", 20,
+    "--per_device_train_batch_size", 8, "--report_to", "none", "--lr_scheduler_type", "cosine",
+]  # fmt: skip
+# Checkpoint 14 lies within the third epoch of 5 steps (3 of them for two processes).
+CASES = {"one": ("python", 1), "two": ("torchrun", 2)}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(
+    request: pytest.FixtureRequest, photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """(undisturbed, killed and resumed): augmentation and dropout on."""
+    launcher, processes = CASES[request.param]
+    root = tmp_path_factory.mktemp(f"resume_{request.param}")
+    args = ["--data", photos, "--model", dropout_checkpoint, *ARGS]
+    run(*args, "--output_dir", root / "whole", launcher=launcher, processes=processes)
+    run_until_step(17, root / "killed", *args, launcher=launcher, processes=processes)
+    assert json.loads((root / "killed" / "status.json").read_text())["state"] == "running"
+    again = run(*args, "--output_dir", root / "killed", launcher=launcher, processes=processes)
+    assert "from checkpoint-" in again.stdout
+    return root / "whole", root / "killed"
+
+
+def test_the_weights_are_bit_identical(pair: tuple[Path, Path]) -> None:
+    whole, killed = pair
+    for name in ("best/model.safetensors", "checkpoint-60/model.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_the_optimizer_is_bit_identical(pair: tuple[Path, Path]) -> None:
+    one, other = (torch.load(folder / "checkpoint-60/optimizer.pt", weights_only=True)["state"] for folder in pair)
+    assert one.keys() == other.keys()
+    for key in one:
+        assert all(torch.equal(one[key][name], other[key][name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_metrics_have_every_row_once_and_equal(pair: tuple[Path, Path]) -> None:
+    timing = ("runtime", "per_second")
+    whole, killed = ([{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows(f)] for f in pair)
+    assert [row["step"] for row in killed if "loss" in row] == list(range(1, 61))
+    assert whole == killed
+
+
+def test_results_are_the_same(pair: tuple[Path, Path]) -> None:
+    one, other = map(results, pair)
+    for key in ("train_loss", "eval_accuracy", "eval_loss", "test_accuracy", "test_loss", "best_step", "train_steps"):
+        assert one[key] == pytest.approx(other[key], rel=1e-12), key
+
+
+def test_a_finished_run_says_so_and_exits_0(pair: tuple[Path, Path], photos: Path, dropout_checkpoint: Path) -> None:
+    folder = pair[0]
+    before = (folder / "all_results.json").stat().st_mtime_ns
+    args = ["--data", photos, "--model", dropout_checkpoint, *ARGS, "--output_dir", folder]
+    processes = results(folder)["world_size"]
+    again = run(*args, launcher="torchrun" if processes > 1 else "python", processes=processes)
+    assert "complete" in again.stdout and "Nothing to do" in again.stdout
+    assert f"{results(folder)['test_accuracy']:.4f}" in again.stdout
+    assert (folder / "all_results.json").stat().st_mtime_ns == before

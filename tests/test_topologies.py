@@ -1,0 +1,89 @@
+"""One run on several topologies: equal curves and results, one report. Each topology is launched once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import LAUNCHERS, losses, results, rows, run
+from safetensors.torch import load_file
+from wandb_reader import read_run
+
+STEPS = 25  # of 8 images; 5 to an epoch of 37 images, the last filled up
+TOPOLOGIES = {  # launcher, processes, per-device batch, accumulation
+    "one": ("python", 1, 8, 1),
+    "accumulated": ("python", 1, 4, 2),
+    "torchrun": ("torchrun", 2, 4, 1),
+    "accelerate": ("accelerate", 2, 4, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folder of each topology; random crops and flips are on (the default)."""
+    root = tmp_path_factory.mktemp("topologies")
+    for name, (launcher, processes, per_device, accumulation) in TOPOLOGIES.items():
+        run(
+            "--data", photos, "--model", checkpoint, "--output_dir", root / name, "--max_steps", STEPS,
+            "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_steps", 10, "--dataloader_num_workers", 1,
+            "--per_device_train_batch_size", per_device, "--gradient_accumulation_steps", accumulation,
+            launcher=launcher, processes=processes, WANDB_MODE="offline",
+        )  # fmt: skip
+    return {name: root / name for name in TOPOLOGIES}
+
+
+@pytest.mark.parametrize("name", [name for name in TOPOLOGIES if name != "one"])
+def test_the_loss_curve_is_the_same(runs: dict[str, Path], name: str) -> None:
+    one, other = losses(runs["one"]), losses(runs[name])
+    assert list(one) == list(other) == list(range(1, STEPS + 1))
+    assert max(one.values()) - min(one.values()) > 0.05, "a curve that does not move proves nothing"
+    assert other == pytest.approx(one, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in TOPOLOGIES if name != "one"])
+def test_results_are_the_same(runs: dict[str, Path], name: str) -> None:
+    one, other = results(runs["one"]), results(runs[name])
+    for key in ("eval_accuracy", "eval_loss", "eval_f1_macro", "test_accuracy", "test_loss", "test_top5_accuracy"):
+        assert other[key] == pytest.approx(one[key], abs=1e-4), key
+    assert (other["eval_samples"], other["test_samples"]) == (13, 11)
+    assert other["global_batch_size"] == 8
+    assert other["world_size"] == TOPOLOGIES[name][1]
+
+
+def test_weights_are_the_same_up_to_rounding(runs: dict[str, Path]) -> None:
+    one = load_file(runs["one"] / "best" / "model.safetensors")
+    for name in ("accumulated", "torchrun", "accelerate"):
+        other = load_file(runs[name] / "best" / "model.safetensors")
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4, name
+
+
+def test_both_launchers_give_the_same_bits(runs: dict[str, Path]) -> None:
+    files = [(runs[name] / "best" / "model.safetensors").read_bytes() for name in ("torchrun", "accelerate")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_one_wandb_run_with_accuracy_on_the_axis_of_the_loss(runs: dict[str, Path], name: str) -> None:
+    files = list((runs[name] / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1, "one run, opened by rank 0 alone"
+    recorded = read_run(files[0])
+    accuracy = {r["train/global_step"]: r["eval/accuracy"] for r in recorded.rows if "eval/accuracy" in r}
+    assert sum("eval/accuracy" in row for row in recorded.rows) == len(accuracy) == 3
+    assert accuracy == {row["step"]: row["eval_accuracy"] for row in rows(runs[name]) if "eval_accuracy" in row}
+    assert {r["train/global_step"]: r["train/loss"] for r in recorded.rows if "train/loss" in r} == losses(runs[name])
+    assert recorded.summary["test/accuracy"] == results(runs[name])["test_accuracy"]
+    assert recorded.config["world_size"] == TOPOLOGIES[name][1]
+    assert recorded.config["global_batch_size"] == 8
+    record = json.loads((runs[name] / "run.json").read_text())
+    assert recorded.config["data"]["classes"] == record["data"]["classes"]
+
+
+def test_the_record_says_what_ran(runs: dict[str, Path]) -> None:
+    records = {name: json.loads((folder / "run.json").read_text()) for name, folder in runs.items()}
+    assert len({json.dumps(record["data"]) for record in records.values()}) == 1
+    assert [records[name]["strategy"] for name in TOPOLOGIES] == ["SINGLE", "SINGLE", "DDP", "DDP"]
+
+
+def test_all_launchers_are_covered() -> None:
+    assert {launcher for launcher, *_ in TOPOLOGIES.values()} == set(LAUNCHERS)

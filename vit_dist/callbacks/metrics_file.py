@@ -1,0 +1,68 @@
+"""metrics.jsonl: the run's own record of its curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class MetricsFile(TrainerCallback):
+    """Rank 0: append each log row as one JSON object with `step` and upstream's names.
+
+    After a restart the steps since the last checkpoint are replayed; their rows are already there and are not
+    written again, so that the file has one row per step and kind, in order, whatever happened in between.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen = {(row["step"], _kind(row)) for row in read_metrics(path)}
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "train_runtime" not in logs:  # the final summary, which all_results.json has
+            self.append(state.global_step, logs)
+
+    def append(self, step: int, logs: dict[str, Any]) -> None:
+        row = {"step": step, **{name: _number(value) for name, value in logs.items()}}
+        if (step, _kind(row)) not in self._seen:
+            self._seen.add((step, _kind(row)))
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        os.fsync(self._file.fileno())  # rows up to a checkpoint are not logged again after a power cut
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short by a crash is taken off the file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return [json.loads(line) for line in data[:whole].splitlines()]
+
+
+def last_steps(path: Path) -> dict[str, int]:
+    """The last step that an earlier attempt logged, by kind of row."""
+    steps = {"train": -1, "eval": -1, "test": -1}
+    for row in read_metrics(path):
+        steps[_kind(row)] = row["step"]
+    return steps
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return next((kind for kind in ("eval", "test") if any(name.startswith(f"{kind}_") for name in row)), "train")
+
+
+def _number(value: Any) -> Any:
+    """JSON has no NaN: null, so that every reader takes the line."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,86 @@
+"""What a person sees while training: bars on a terminal, otherwise a line every few seconds."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+logger = logging.getLogger("vit_dist")
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress(ProgressCallback):
+    """Rank 0. On a terminal upstream's bars, with our lines above them."""
+
+    def __init__(self, global_batch: int, terminal: bool | None = None) -> None:
+        super().__init__()
+        self.global_batch = global_batch
+        self.terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._started = (0, 0.0)  # step and time at which this attempt began
+        self._next_line = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = (state.global_step, time.monotonic())
+        if self.terminal:
+            super().on_train_begin(args, state, control, **kwargs)
+            bar: Any = self.training_bar
+            bar.update(state.global_step)
+            self.current_step = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.terminal:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.terminal:
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.terminal:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "eval_accuracy" in logs:
+            self._say(state, f"evaluation: accuracy {logs['eval_accuracy']:.4f}, loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs and (time.monotonic() >= self._next_line or state.global_step == state.max_steps):
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            self._say(state, self._training_line(state, logs))
+
+    def _training_line(self, state: TrainerState, logs: dict[str, float]) -> str:
+        step, start = self._started
+        seconds = max(time.monotonic() - start, 1e-9)
+        rate = (state.global_step - step) / seconds
+        left = timedelta(seconds=round((state.max_steps - state.global_step) / rate)) if rate else "?"
+        return (
+            f"loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.2e}, "
+            f"{rate * self.global_batch:,.0f} images/s, {left} left"
+        )
+
+    def _say(self, state: TrainerState, what: str) -> None:
+        line = f"step {state.global_step:,}/{state.max_steps:,} (epoch {state.epoch or 0:.2f}) {what}"
+        if self.terminal and self.training_bar is not None:
+            self.training_bar.write(line, file=sys.stdout)
+        else:
+            logger.info(line)

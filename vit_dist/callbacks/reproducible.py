@@ -1,0 +1,47 @@
+"""What makes a step depend on nothing but the run's seed and its number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vit_dist.data.sampler import GlobalBatchSampler
+
+
+class StepSeeds(TrainerCallback):
+    """Every rank: dropout is a function of (seed, step, rank), the images of an epoch one of (seed, epoch).
+
+    Nothing then needs to be restored after a restart, and no two ranks share a dropout mask.
+    """
+
+    def __init__(self, batches: GlobalBatchSampler) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.batches.set_epoch(state.global_step // self.batches.steps_per_epoch)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        key = np.random.SeedSequence((args.seed, state.global_step, args.process_index))
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # all devices
+
+
+class LogBeforeSave(TrainerCallback):
+    """Every rank: a checkpoint closes the logging window, so that a resumed run logs the same losses.
+
+    The running sum of losses is not in a checkpoint; without this, the first row after a restart would be the mean
+    over fewer steps than in an uninterrupted run. Must come after upstream's flow callback, which decides to save.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end

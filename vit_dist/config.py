@@ -1,0 +1,427 @@
+"""What a run is asked to do: a flat recipe (YAML) and flags, checked alike, flags win.
+
+Every key of a recipe is the name of a flag: ours (the four dataclasses below) or a field of
+`transformers.TrainingArguments`, as upstream spells it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import enum
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from vit_dist.errors import UserError
+
+DEFAULT_RECIPE = "digits"
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DataOptions:
+    """Which images, and how they are split."""
+
+    _argument_group_name = "data"
+
+    data: str = _option(
+        "digits",
+        "What to train on: a Hugging Face hub data set id; a folder of class folders, with or without train/, "
+        "validation/ and test/; a Parquet, CSV or JSONL file or a folder of them; WebDataset .tar shards; a folder "
+        "written by `save_to_disk`; or `digits`, 1,797 handwritten digits that come with scikit-learn.",
+    )
+    data_config: str | None = _option(None, "Configuration (subset) of a hub data set.")
+    data_revision: str | None = _option(None, "Branch, tag or commit of a hub data set; the commit is recorded.")
+    image_column_name: str | None = _option(None, "Column with the images. Default: inferred from the column types.")
+    label_column_name: str | None = _option(None, "Column with the labels. Default: inferred from the column types.")
+    train_split: str | None = _option(None, "Name of the split to train on. Default: train.")
+    validation_split: str | None = _option(
+        None,
+        "Name of the split to choose the best model by. Default: validation, valid, val, dev or eval if there is one, "
+        "else held out of train.",
+    )
+    test_split: str | None = _option(
+        None,
+        "Name of the split that is evaluated once, at the end; `none` leaves a test split alone. Default: test if "
+        "there is one.",
+    )
+    train_val_split: float = _option(
+        0.15, "Share of train to hold out, by class and by `data_seed`, when there is no validation split."
+    )
+    max_train_samples: int | None = _option(None, "Train on this many images at most (a seeded choice, by class).")
+    max_eval_samples: int | None = _option(None, "Validate on this many images at most (a seeded choice, by class).")
+    max_predict_samples: int | None = _option(None, "Test on this many images at most (a seeded choice, by class).")
+    on_bad_image: str = _option(
+        "error",
+        "What to do about images that do not decode: `error` lists them and stops before training; `skip` leaves them "
+        "out before sampling and counts them in the results.",
+        choices=["error", "skip"],
+    )
+    max_bad_fraction: float = _option(0.01, "With `--on_bad_image skip`: stop if more than this share is bad.")
+    verify_images: bool = _option(
+        True,
+        "Decode every image once before training and remember the outcome. Off: a bad image stops the run later.",
+    )
+    max_image_pixels: int = _option(
+        120_000_000, "Refuse images with more pixels than this, before decoding them (decompression bombs)."
+    )
+    min_image_side: int = _option(2, "Refuse images with a side of fewer pixels than this.")
+    image_background: str = _option("white", "Colour behind transparent pixels: a name or #rrggbb.")
+    random_resized_crop: bool = _option(True, "Train on random crops, resized to the model's input.")
+    crop_min_scale: float = _option(0.08, "Smallest share of the image's area that a random crop keeps.")
+    horizontal_flip: bool = _option(True, "Mirror half of the training images. Off where left and right matter.")
+    cache_dir: str | None = _option(
+        None,
+        "Where data sets, models and image indexes are cached. Default: the Hugging Face cache (HF_HOME).",
+    )
+
+
+@dataclass
+class ModelOptions:
+    """Which model."""
+
+    _argument_group_name = "model"
+
+    model: str = _option(
+        "google/vit-base-patch16-224-in21k",
+        "A hub id or a folder of any image classification model that transformers knows, or `tiny`: a small ViT with "
+        "random weights, for trying things out.",
+    )
+    model_revision: str | None = _option(None, "Branch, tag or commit of a hub model; the commit is recorded.")
+    image_size: int | None = _option(
+        None,
+        "Input side in pixels. Default: the model's own. Another size interpolates the position embeddings once; the "
+        "saved model has the new size.",
+    )
+
+
+@dataclass
+class RunOptions:
+    """How the run behaves and what it reports."""
+
+    _argument_group_name = "run"
+
+    fresh: bool = _option(
+        False, "Start over: an earlier run in the output folder is moved aside to <output_dir>.previous."
+    )
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further `evaluate` metrics, by name or path, beside the ones that are always computed."},
+    )
+    logging_dir: str | None = _option(
+        None, "Where TensorBoard logs go, with `--report_to tensorboard`. Default: <output_dir>/logs."
+    )
+
+
+# What we prefer to upstream's default, and why.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "save_total_limit": 2,  # the best and the last
+    "logging_strategy": "steps",
+    "logging_steps": 10,
+    "remove_unused_columns": False,  # there are no columns: our data set yields what the model takes
+    "logging_nan_inf_filter": False,  # a NaN is an error, not a number to average away
+    "ddp_find_unused_parameters": False,  # one pass over the graph less per step; every parameter is used
+    "report_to": None,  # None: Weights & Biases if the user is logged in
+    "dataloader_num_workers": None,  # None: from the cores this process may use
+}
+
+SECRET_KEYS = (
+    "hub_token",
+    "token",
+    "use_auth_token",
+    "api_key",
+    "wandb_api_key",
+    "hf_token",
+    "push_to_hub_token",
+)
+
+RENAMED = {
+    "dataset": "data",
+    "dataset_name": "data",
+    "dataset_config_name": "data_config",
+    "train_dir": "data",
+    "data_dir": "data",
+    "model_name_or_path": "model",
+    "model_name": "model",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
+    "no_cuda": "use_cpu",
+    "overwrite_output_dir": "fresh",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+}
+
+# Values of upstream fields that would break a promise of this package, and the reason.
+REFUSED = {
+    "auto_find_batch_size": (True, "each process would find its own size; set --per_device_train_batch_size"),
+    "enable_jit_checkpoint": (True, "it saves without agreement between processes and can hang them"),
+    "ignore_data_skip": (True, "a resumed run would see other images than the uninterrupted one"),
+    "save_only_model": (True, "a run could not be resumed; `best/` holds the model alone"),
+    "trust_remote_code": (True, "code from a model repository is never run"),
+    "prediction_loss_only": (True, "there would be no metrics to choose the best model by"),
+    "batch_eval_metrics": (True, "metrics are computed over the whole split, so that they are exact"),
+    "remove_unused_columns": (True, "the data set has no columns to remove"),
+    "eval_on_start": (True, "the first evaluation is at the first `eval_strategy` point"),
+    "logging_nan_inf_filter": (True, "a NaN loss stops the run instead of being averaged away"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's resolved settings."""
+
+    data: DataOptions
+    model: ModelOptions
+    run: RunOptions
+    training: dict[str, Any]  # every `TrainingArguments` field
+    source: str  # where the settings came from, for the plan
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training["output_dir"])
+
+    @property
+    def logging_dir(self) -> Path:
+        """Where TensorBoard logs go."""
+        return Path(self.run.logging_dir) if self.run.logging_dir else self.output_dir / "logs"
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of everything that chooses images: the hold-out, their order, augmentation."""
+        data_seed = self.training["data_seed"]
+        return self.training["seed"] if data_seed is None else data_seed
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting under its flag's name, without secrets: a recipe that asks for the same run."""
+        ours = {k: v for part in (self.data, self.model, self.run) for k, v in dataclasses.asdict(part).items()}
+        theirs = {k: v for k, v in self.training.items() if k not in SECRET_KEYS}
+        return {k: v.value if isinstance(v, enum.Enum) else v for k, v in {**ours, **theirs}.items()}
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """Read `[RECIPE] [--flag value ...]`; flags win over the recipe, the recipe over our defaults over upstream's.
+
+    Raises UserError for an unknown key or flag, a value of the wrong type, or a setting that cannot be honoured.
+    """
+    _refuse_secrets(argument[2:].split("=")[0] for argument in argv if argument.startswith("--"))
+    parser = _parser()
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**{_GIVEN: set()}))
+    if unknown:
+        raise UserError(_unknown_message(f"unknown argument {unknown[0]}", unknown[0].lstrip("-"), parser, "--"))
+    recipe = flags.recipe or (None if "data" in flags.given else DEFAULT_RECIPE)
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        path = _find_recipe(recipe)
+        values = _read_recipe(path, parser)
+    settings = {**vars(flags), **{k: v for k, v in values.items() if k not in flags.given}}
+    given = set(values) | flags.given
+    name = Path(recipe).stem if recipe else Path(settings["data"].rstrip("/")).name
+    settings["output_dir"] = settings["output_dir"] or f"runs/{name}"
+    _follow_strategies(settings, given)
+    _refuse_values(settings)
+    return Config(
+        data=_part(DataOptions, settings),
+        model=_part(ModelOptions, settings),
+        run=_part(RunOptions, settings),
+        training={f.name: settings[f.name] for f in dataclasses.fields(TrainingArguments) if f.init},
+        source=f"recipe {path}" if recipe else "flags",
+    )
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved settings as a recipe."""
+    with path.open("w", encoding="utf-8") as file:
+        yaml.safe_dump(config.resolved(), file, sort_keys=False, allow_unicode=True)
+
+
+_GIVEN = "given"  # the flags that were on the command line, gathered while parsing
+
+
+class _UpstreamOptions(TrainingArguments):
+    """Only for `--help`: upstream's fields under a title of their own, after ours."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Show `--data_config X` once, not again as `--data-config X`."""
+        names = [
+            option for option in action.option_strings if option == "-h" or "_" in option or "-" not in option[2:]
+        ]
+        value = "" if action.nargs == 0 or not names else " " + self._format_args(action, action.dest.upper())
+        return ", ".join(names) + value if names else super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, and note in `given` which options the command line named."""
+        actions = {option: action for action in self._actions for option in action.option_strings}
+        for argument in args or ():
+            action = actions.get(argument.split("=")[0])
+            if action is not None and namespace is not None:
+                namespace.given.add(action.dest)
+        return super().parse_known_args(args, namespace)
+
+
+def _parser() -> _Parser:
+    parts: Any = [DataOptions, ModelOptions, RunOptions, _UpstreamOptions]
+    parser = _Parser(
+        parts,
+        prog="vit-dist train",
+        description="Fine-tune a Vision Transformer for image classification. The same command again continues "
+        "a run where it stopped.",
+        epilog="Secrets (Weights & Biases key, hub token) come from the environment or the usual credential files "
+        "only: WANDB_API_KEY or `wandb login`, HF_TOKEN or `hf auth login`.",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        usage="vit-dist train [RECIPE] [--flag value ...]",
+    )
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help="a YAML file whose keys are the flags below, or the name of one that comes with the package: "
+        f"{', '.join(sorted(shipped_recipes()))} (default: {DEFAULT_RECIPE}, unless --data is given)",
+    )
+    for action in parser._actions:
+        if action.dest in SECRET_KEYS or action.dest in REFUSED:
+            action.help = argparse.SUPPRESS
+        if action.dest == "output_dir":
+            action.help = "The run folder. The same command with the same folder continues the run."
+    return parser
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name. In a checkout they lie in configs/recipes/."""
+    installed = Path(str(resources.files("vit_dist"))) / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "configs" / "recipes"
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def _find_recipe(recipe: str) -> Path:
+    if Path(recipe).is_file():
+        return Path(recipe)
+    shipped = shipped_recipes()
+    if recipe in shipped:
+        return shipped[recipe]
+    near = difflib.get_close_matches(Path(recipe).stem, shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"recipes that come with the package: {', '.join(sorted(shipped))}"
+    raise UserError(f"no recipe {recipe}: not a file, not the name of a shipped recipe; {hint}")
+
+
+def _read_recipe(path: Path, parser: _Parser) -> dict[str, Any]:
+    """Check every key and value of a recipe as the flag of that name would be; errors carry file and line."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines")
+    actions = {action.dest: action for action in parser._actions if action.option_strings and action.nargs != 0}
+    loader = yaml.SafeLoader("")
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        _refuse_secrets([key], where)
+        if key not in actions or key == "help":
+            raise UserError(_unknown_message(f"{where}: unknown key {key!r}", key, parser))
+        if key in values:
+            raise UserError(f"{where}: {key} is given twice")
+        values[key] = _check(parser, actions[key], loader.construct_object(value_node, deep=True), where)
+    return values
+
+
+def _check(parser: _Parser, action: argparse.Action, value: Any, where: str) -> Any:
+    """Convert one YAML value with the type and choices of its flag."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        value = json.dumps(value)  # upstream takes JSON for its dictionaries
+    many = isinstance(value, list)
+    if action.nargs == "+" and not many:
+        value, many = [value], True
+    try:
+        items = [parser._get_value(action, str(item)) for item in (value if many else [value])]
+        for item in items:
+            parser._check_value(action, item)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{where}: {action.dest}: {error.message}") from None
+    if many and action.nargs != "+" and action.dest != "report_to":
+        raise UserError(f"{where}: {action.dest} takes one value, not a list")
+    return items if many else items[0]
+
+
+def _unknown_message(what: str, key: str, parser: _Parser, prefix: str = "") -> str:
+    key = key.split("=")[0].replace("-", "_")
+    if key in RENAMED:
+        return f"{what}: it is {prefix}{RENAMED[key]} here"
+    known = [action.dest for action in parser._actions if action.option_strings]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"{what}; did you mean {prefix}{near[0]}?" if near else f"{what}; --help lists what there is"
+
+
+def _refuse_secrets(keys: Iterable[str], where: str = "command line") -> None:
+    for key in keys:
+        if key.replace("-", "_") in SECRET_KEYS:
+            raise UserError(
+                f"{where}: {key}: secrets are not taken from flags or recipes, which end up in logs; "
+                "use the environment (HF_TOKEN, WANDB_API_KEY) or `hf auth login`, `wandb login`"
+            )
+
+
+def _refuse_values(settings: dict[str, Any]) -> None:
+    for key, (value, reason) in REFUSED.items():
+        if settings.get(key) == value:
+            raise UserError(f"{key}={value} is not supported: {reason}")
+    if not 0 < settings["train_val_split"] < 1:
+        raise UserError(f"train_val_split={settings['train_val_split']}: give a share between 0 and 1, such as 0.1")
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if settings[key] < 1:
+            raise UserError(f"{key}={settings[key]}: give at least 1")
+    if settings["max_steps"] <= 0 and settings["num_train_epochs"] <= 0:
+        raise UserError(f"num_train_epochs={settings['num_train_epochs']}: give more than 0, or --max_steps")
+    if not 0 < settings["crop_min_scale"] <= 1:
+        raise UserError(f"crop_min_scale={settings['crop_min_scale']}: give a share of the area, above 0 and up to 1")
+
+
+def _follow_strategies(settings: dict[str, Any], given: set[str]) -> None:
+    """Evaluating and saving go together (the best model must have been saved): one setting is enough for both."""
+    for one, other in (("eval", "save"), ("save", "eval")):
+        if f"{one}_strategy" not in given and f"{one}_steps" in given:
+            settings[f"{one}_strategy"] = "steps"
+            given.add(f"{one}_strategy")
+        if f"{one}_strategy" in given and f"{other}_strategy" not in given and f"{other}_steps" not in given:
+            settings[f"{other}_strategy"] = settings[f"{one}_strategy"]
+            if f"{one}_steps" in given:
+                settings[f"{other}_steps"] = settings[f"{one}_steps"]
+
+
+def _part(cls: type, settings: dict[str, Any]) -> Any:
+    return cls(**{f.name: settings[f.name] for f in dataclasses.fields(cls)})

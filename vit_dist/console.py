@@ -1,0 +1,62 @@
+"""What is printed, and by whom: rank 0 speaks, other ranks are silent unless they fail first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger("vit_dist")
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def set_up(rank: int) -> None:
+    """Route our lines to stdout on rank 0, and keep libraries to their errors on every rank."""
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if rank:
+        warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # its bars are for weights, which the plan line tells
+    # read when these are imported, which is later
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # bars for taking rows out of a table
+    if rank:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for name in ("datasets", "accelerate", "huggingface_hub", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        logger.info(line)
+
+
+def show_error(message: str) -> None:
+    """To stderr, from any rank."""
+    sys.stderr.write(message.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """A callback `(done, total)` that prints a line every few seconds.
+
+    Whichever rank does the work prints: work like this is done by one process while the others wait.
+    """
+    begun = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            sys.stdout.write(f"checking images of {what}: {done:,}/{total:,} ({done / (now - begun):,.0f}/s)\n")
+
+    return report

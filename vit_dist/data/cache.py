@@ -1,0 +1,54 @@
+"""Files that one process writes and many read: a lock while writing, an atomic rename at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+from filelock import FileLock
+
+from vit_dist.errors import UserError
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """`<cache_dir>/vit_dist`, by default below the Hugging Face cache (`HF_HOME`); made if missing.
+
+    Raises `UserError` if it cannot be made.
+    """
+    folder = Path(cache_dir or datasets.config.HF_CACHE_HOME).expanduser() / "vit_dist"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the cache {folder} ({error.strerror}): pass --cache_dir") from error
+    return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside `path`; other processes, on any node that shares the folder, wait their turn.
+
+    The operating system frees the lock of a process that dies. Raises `UserError` if the cache is read-only.
+    """
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write to the cache {path.parent} ({error}): pass --cache_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` at the end, all at once; nothing is left if writing fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

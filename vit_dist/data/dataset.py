@@ -1,0 +1,49 @@
+"""Rows of a split as the model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+
+from vit_dist.data.decode import BadImage, DecodeRules, decode
+from vit_dist.data.transforms import Transform
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """A split (columns `id`, `image`, `label`), decoded and transformed.
+
+    Item `key` is row `key % len(self)` as seen in epoch `key // len(self)` (see `GlobalBatchSampler`):
+    `pixel_values` float32 (3, side, side), `labels` int, `index` int.
+    """
+
+    def __init__(self, table: datasets.Dataset, transform: Transform, rules: DecodeRules) -> None:
+        self.table, self.transform, self.rules = table, transform, rules
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """A name for each row: its path within the data, or file and row number."""
+        return self.table["id"]
+
+    def __getitem__(self, key: int) -> dict[str, Any]:
+        epoch, index = divmod(key, len(self))
+        row = self.table[index]
+        try:
+            image = decode(row["image"], self.rules)
+        except BadImage as error:
+            raise RuntimeError(f"image {row['id']} (row {index}) does not decode: {error}") from error
+        return {"pixel_values": self.transform(image, epoch, index), "labels": row["label"], "index": index}
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Items to a batch: `pixel_values` (n, 3, side, side), `labels` and `index` int64 (n,)."""
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+        "index": torch.tensor([item["index"] for item in items]),
+    }

@@ -1,0 +1,214 @@
+"""The one way from bytes to RGB pixels, for training, evaluation and prediction alike."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageColor, UnidentifiedImageError
+
+from vit_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from vit_dist.config import DataOptions
+
+RULES_VERSION = 1  # part of the key of remembered outcomes: count up when a rule changes
+
+# No PostScript or PDF: they run programs. TGA comes last, it has no signature to tell it by.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # an entry of `warnings.filters`
+
+
+class BadImage(Exception):
+    """An image that cannot be used, and why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class DecodeRules:
+    """Which images are refused (sizes in pixels) and the colour (0 to 255) behind transparent ones."""
+
+    max_image_pixels: int = 120_000_000
+    min_image_side: int = 2
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    @classmethod
+    def from_options(cls, options: DataOptions) -> DecodeRules:
+        """The rules that the options ask for; raises `UserError` for a colour or a size that is none."""
+        for name in ("max_image_pixels", "min_image_side"):
+            if getattr(options, name) < 1:
+                raise UserError(f"--{name} {getattr(options, name)}: a positive number of pixels is needed")
+        try:
+            red, green, blue = ImageColor.getcolor(options.image_background, "RGB")  # type: ignore[misc]
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"--image_background {options.image_background}: not a colour; a name such as white, or #rrggbb"
+            ) from error
+        return cls(options.max_image_pixels, options.min_image_side, (red, green, blue))
+
+
+def decode(image: Mapping[str, Any] | bytes | str | os.PathLike[str], rules: DecodeRules) -> Image.Image:
+    """RGB, 8 bit, upright, of `{"bytes", "path"}` (bytes win), a file's bytes, or a path.
+
+    The first frame of animations; transparent pixels on the background; 16-bit gray scaled, not clipped. Raises
+    `BadImage` for whatever is not a whole image within the rules.
+    """
+    data = _read(image)
+    _ignore_pillow_warnings()
+    _allow_pixels(rules.max_image_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as opened:
+            _check_size(opened, rules)
+            opened.load()
+            rgb = _to_rgb(opened, rules.background)
+            return _upright(rgb, opened)
+    except (BadImage, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"more than {rules.max_image_pixels:,} pixels (max_image_pixels)") from error
+    except UnidentifiedImageError as error:
+        raise BadImage(_unidentified(data)) from error
+    except Exception as error:  # Pillow's readers raise almost anything for broken files
+        reason = " ".join(str(error).split())[:200]
+        raise BadImage(f"{reason or 'does not decode'} ({type(error).__name__})") from error
+
+
+def _read(image: Mapping[str, Any] | bytes | str | os.PathLike[str] | None) -> bytes:
+    path: Any = None
+    data: Any = image
+    if image is None or isinstance(image, Mapping):
+        data, path = (image or {}).get("bytes"), (image or {}).get("path")
+    elif isinstance(image, (str, os.PathLike)):
+        data, path = None, image
+    if data is None:
+        if path is None:
+            raise BadImage("no image: neither bytes nor a path")
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            raise BadImage(f"{getattr(error, 'strerror', None) or error}: {os.fspath(path)}") from error
+    if not data:
+        raise BadImage("empty file")
+    return data
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()  # a format that this build of Pillow lacks must not be asked for
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _ignore_pillow_warnings() -> None:
+    """Pillow warns about metadata that we do not use. (`catch_warnings` would not do: it is not thread-safe.)"""
+    if _QUIET not in warnings.filters:
+        warnings.filterwarnings("ignore", category=Warning, module=_QUIET[3].pattern)
+
+
+def _allow_pixels(num_pixels: int) -> None:
+    """Pillow has a limit of its own, for the whole process: it is raised where ours is higher, never lowered."""
+    if Image.MAX_IMAGE_PIXELS is not None and num_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = num_pixels
+
+
+def _check_size(image: Image.Image, rules: DecodeRules) -> None:
+    width, height = image.size
+    if width * height > rules.max_image_pixels:
+        raise BadImage(f"{width}x{height} is more than {rules.max_image_pixels:,} pixels (max_image_pixels)")
+    if min(width, height) < rules.min_image_side:
+        raise BadImage(f"{width}x{height}: a side of fewer than {rules.min_image_side} pixels (min_image_side)")
+
+
+def _upright(rgb: Image.Image, opened: Image.Image) -> Image.Image:
+    """Turned and mirrored as the EXIF data says; EXIF data that cannot be read say nothing."""
+    try:
+        method = _TRANSPOSE.get(opened.getexif().get(_ORIENTATION_TAG, 1))
+    except MemoryError:
+        raise
+    except Exception:
+        method = None
+    return rgb if method is None else rgb.transpose(method)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "F":
+        raise BadImage("floating-point pixels have no agreed range: convert to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _gray8(image)
+    elif image.mode == "LAB":
+        return _lab_to_rgb(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    pixels = image.convert("RGBA")
+    behind = Image.new("RGBA", pixels.size, (*background, 255))
+    return Image.alpha_composite(behind, pixels).convert("RGB")
+
+
+def _gray8(image: Image.Image) -> Image.Image:
+    """8-bit gray out of 16-bit gray, with an alpha channel if one level stands for transparent."""
+    levels = np.asarray(image)
+    if image.mode == "I" and image.format == "TIFF":
+        raise BadImage("32-bit or signed integer pixels have no agreed range: convert to 8 or 16 bits")
+    if levels.min() < 0 or levels.max() > 65535:
+        raise BadImage("integer pixels beyond 16 bits: convert to 8 or 16 bits")
+    most = 2 ** _declared_bits(image) - 1
+    scaled = (levels.astype(np.uint32).clip(0, most) * 255 + most // 2) // most
+    gray = Image.fromarray(scaled.astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _declared_bits(image: Image.Image) -> int:
+    """16, but for TIFF files with, say, 12-bit samples (other readers scale to 16 bits themselves)."""
+    tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
+    bits = tags.get(258, (16,)) if tags is not None else (16,)  # 258: BitsPerSample
+    return min(16, max(8, int(bits[0] if isinstance(bits, tuple) else bits)))
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    converted = ImageCms.applyTransform(image, _lab_transform())
+    if converted is None:
+        raise BadImage("LAB colours do not convert")
+    return converted
+
+
+@lru_cache(maxsize=1)
+def _lab_transform() -> Any:
+    from PIL import ImageCms
+
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+
+
+def _unidentified(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "HEIC/HEIF is not read: convert to JPEG"
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "not an image: HTML or XML"
+    return "not an image of a known format, or its header is broken"

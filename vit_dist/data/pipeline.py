@@ -1,0 +1,99 @@
+"""From `--data` to data sets: source, classes, splits, verified images, transforms. Every rank gets the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from vit_dist.config import DataOptions, ModelOptions
+from vit_dist.data.dataset import ImageDataset
+from vit_dist.data.decode import DecodeRules
+from vit_dist.data.source import load_source
+from vit_dist.data.split import class_list, classes_hash, encode_labels, hold_out, limit, table_fingerprint
+from vit_dist.data.transforms import Transform, load_processor
+from vit_dist.data.verify import apply_policy, verify
+
+Progress = Callable[[str], Callable[[int, int], None]]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Data sets for training, validation and (where there is one) test, over one list of classes."""
+
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset | None
+    classes: list[str]
+    processor: Any  # the model's image processor
+    description: list[str]  # for the plan: what was understood
+    record: dict[str, Any]  # for the run record: hashes, revision, counts
+    skipped: dict[str, int]  # bad images left out, by split
+    input_size: int  # pixels
+
+
+def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: Progress) -> ImageData:
+    """Load, split and verify the images; the hold-out and every choice of images depend on `seed` alone.
+
+    Slow parts are done by one process per cache while others wait on a file lock, not in a collective.
+    Raises UserError for everything that is wrong with the data.
+    """
+    rules = DecodeRules.from_options(options)
+    processor = load_processor(model, options.cache_dir)
+    source = load_source(options)
+    classes = class_list(source.tables["train"], source.names)
+    tables = {split: encode_labels(table, classes, split) for split, table in source.tables.items()}
+    notes, split_hash = [source.description], None
+    if "validation" not in tables:
+        tables["train"], tables["validation"], split_hash = hold_out(tables["train"], options.train_val_split, seed)
+        share = f"{options.train_val_split:.0%}"
+        notes.append(f"no validation split: {share} of train held out, by class (seed {seed}, {split_hash[:12]})")
+    if "test" not in tables:
+        notes.append("no test split: no test result will be given")
+    caps = {
+        "train": options.max_train_samples,
+        "validation": options.max_eval_samples,
+        "test": options.max_predict_samples,
+    }
+    tables = {split: limit(table, caps[split], seed) for split, table in tables.items()}
+    tables, skipped = _without_bad(tables, rules, options, progress)
+    if any(skipped.values()):
+        notes.append("left out bad images: " + ", ".join(f"{n} of {split}" for split, n in skipped.items() if n))
+    notes.append(f"{len(classes)} classes; " + ", ".join(f"{split} {len(table):,}" for split, table in tables.items()))
+    plain, augmented = Transform(processor), Transform(processor, options, seed)
+    sets = {
+        split: ImageDataset(table, augmented if split == "train" else plain, rules) for split, table in tables.items()
+    }
+    prints = {split: table_fingerprint(table) for split, table in sorted(tables.items())}
+    return ImageData(
+        sets["train"],
+        sets["validation"],
+        sets.get("test"),
+        classes,
+        processor,
+        notes,
+        {
+            "fingerprint": hashlib.sha256(repr(prints).encode()).hexdigest(),
+            "splits": {split: {"images": len(tables[split]), "fingerprint": prints[split]} for split in tables},
+            "validation_indices": split_hash,
+            "classes": classes_hash(classes),
+            "revision": source.revision,
+        },
+        skipped,
+        plain.side,
+    )
+
+
+def _without_bad(
+    tables: dict[str, datasets.Dataset], rules: DecodeRules, options: DataOptions, progress: Progress
+) -> tuple[dict[str, datasets.Dataset], dict[str, int]]:
+    """Every image is decoded once; what does not decode stops the run or is left out, as `--on_bad_image` says."""
+    skipped = dict.fromkeys(tables, 0)
+    if options.verify_images:
+        for split, table in tables.items():
+            bad = verify(table, rules, cache_dir=options.cache_dir, progress=progress(split))
+            tables[split], skipped[split] = apply_policy(table, bad, options, split)
+    return tables, skipped

@@ -1,0 +1,107 @@
+"""From a decoded image to the model's input: the model's own image processor, and augmentation in front of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, ViTImageProcessorPil
+
+from vit_dist.config import DataOptions, ModelOptions
+from vit_dist.errors import UserError
+
+TINY_IMAGE_SIZE = 32  # pixels; the input side of `--model tiny`
+
+
+def load_processor(options: ModelOptions, cache_dir: str | None = None) -> Any:
+    """The model's image processor, set to `--image_size` where that is given.
+
+    The PIL backend is used everywhere: the torchvision one differs by up to one grey level, and a run must not
+    depend on which packages happen to be installed.
+    """
+    size = options.image_size
+    if size is not None and size < 1:
+        raise UserError(f"image_size={size}: give a number of pixels, such as 224")
+    if options.model == "tiny":
+        side = size or TINY_IMAGE_SIZE
+        return ViTImageProcessorPil(size={"height": side, "width": side})
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            options.model, revision=options.model_revision, cache_dir=cache_dir, backend="pil", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {options.model}: no image processor (preprocessor_config.json) could be loaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    return processor if size is None else _resized(processor, size, options.model)
+
+
+def input_size(processor: Any) -> int:
+    """Side in pixels of what the processor makes of an image."""
+    pixels = processor(Image.new("RGB", (640, 480)), return_tensors="np")["pixel_values"][0]
+    channels, height, width = pixels.shape
+    if channels != 3 or height != width:
+        raise UserError(f"the image processor yields {channels} x {height} x {width}; square RGB input is needed")
+    return height
+
+
+def _resized(processor: Any, side: int, name: str) -> Any:
+    """Set a processor to another input side, keeping the ratio of its resize to its crop."""
+    old = input_size(processor)
+    for attribute in ("size", "crop_size"):
+        value = getattr(processor, attribute, None)
+        if value is not None:
+            setattr(processor, attribute, {key: round(pixels * side / old) for key, pixels in dict(value).items()})
+    if input_size(processor) != side:
+        raise UserError(f"image_size={side}: the image processor of {name} cannot be set to this size")
+    return processor
+
+
+class Transform:
+    """PIL image -> float32 tensor (3, side, side), as the model's image processor makes it.
+
+    With `augment`, random crops and flips come first, drawn from `(seed, epoch, index)` alone: the same picture at any
+    world size, with any number of workers, and after any restart.
+    """
+
+    def __init__(self, processor: Any, options: DataOptions | None = None, seed: int = 0) -> None:
+        self.processor, self.seed = processor, seed
+        self.side = input_size(processor)
+        self.crop = options is not None and options.random_resized_crop
+        self.flip = options is not None and options.horizontal_flip
+        self.min_scale = options.crop_min_scale if options is not None else 1.0
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        cropped: dict[str, bool] = {}
+        if self.crop or self.flip:
+            random = np.random.default_rng((self.seed, epoch, index))
+            if self.crop:
+                box = _random_box(random, *image.size, self.min_scale)
+                image = image.resize((self.side, self.side), Image.Resampling(self.processor.resample), box=box)
+                cropped = {"do_resize": False, "do_center_crop": False}
+            if self.flip and random.random() < 0.5:
+                image = ImageOps.mirror(image)
+        return torch.from_numpy(self.processor(image, return_tensors="np", **cropped)["pixel_values"][0])
+
+
+def _random_box(
+    random: np.random.Generator, width: int, height: int, min_scale: float
+) -> tuple[float, float, float, float]:
+    """A crop (left, top, right, bottom) of `min_scale` to all of the area, aspect ratio 3:4 to 4:3.
+
+    Inception's random resized crop (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842, section 6), with
+    torchvision's fall-back to the largest centred crop whose aspect ratio is allowed.
+    """
+    for _ in range(10):
+        area = width * height * random.uniform(min_scale, 1.0)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    right, bottom = min(width, height * 4 / 3), min(height, width * 4 / 3)
+    return (width - right) / 2, (height - bottom) / 2, (width + right) / 2, (height + bottom) / 2

@@ -1,0 +1,157 @@
+"""The only module that talks to the process group: is this the launch that was asked for, and do all ranks agree?"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+
+from vit_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+def launched_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """This process's rank as the launcher says it, 0 without a launcher. Needs no process group."""
+    return int(environ.get("RANK", 0))
+
+
+def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
+    return int(environ.get("WORLD_SIZE", 1))
+
+
+def on_main(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 and give its value to every rank (all ranks participate).
+
+    A UserError on rank 0 is raised on every rank, so that nobody waits for a value that will not come.
+    """
+    box: list[Any] = [None, None]
+    if launched_rank() == 0:
+        try:
+            box = [make(), None]
+        except UserError as error:
+            box = [None, str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in rank order (all ranks participate)."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(what: str, value: str) -> None:
+    """Raise UserError on every rank unless all of them have the same value (all ranks participate)."""
+    values = gather(value)
+    if len(set(values)) > 1:
+        seen = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        raise UserError(f"the processes do not have the same {what} ({seen}); do all nodes see the same files?")
+
+
+def any_rank(flag: torch.Tensor) -> bool:
+    """Whether `flag` (bool scalar) is true on any rank (all ranks participate; one host sync)."""
+    flag = flag.to(torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def use_one_device(environ: Any = os.environ) -> int:
+    """Without a launcher, hide all GPUs but the first; returns how many were hidden.
+
+    The Trainer would otherwise wrap the model in `nn.DataParallel` and multiply the batch. Must run before CUDA is
+    initialised.
+    """
+    count = torch.cuda.device_count()
+    if "WORLD_SIZE" in environ or count < 2:
+        return 0
+    first = environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environ["CUDA_VISIBLE_DEVICES"] = first
+    return count - 1
+
+
+def check_launch(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse launches in which the stack would silently do something else than what was asked for.
+
+    Raises UserError; nothing has been written yet.
+    """
+    asked, seen = launched_world_size(environ), args.world_size
+    if asked != seen:
+        raise UserError(
+            f"the launcher started {asked} processes but the training arguments see {seen}: each would train alone, "
+            "into one folder; on a machine without GPUs leave --ddp_backend alone, or pass --use_cpu"
+        )
+    if "RANK" not in environ and "MASTER_PORT" in environ and "ACCELERATE_MIXED_PRECISION" in environ:
+        # accelerate's simple launcher sets the address only if it was asked for several processes
+        raise UserError(
+            "accelerate launch was asked for several processes but started one (it does so for MULTI_CPU and without "
+            "GPUs); add --multi_gpu, which also works on CPUs, or use torchrun --nproc-per-node N"
+        )
+    if args.n_gpu > 1:
+        raise UserError("one process would drive several GPUs with nn.DataParallel; use `vit-dist train` or torchrun")
+
+
+def asked_strategy(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> str:
+    """The strategy that the launcher or the arguments ask for: DEEPSPEED, FSDP, DDP or SINGLE."""
+
+    def flag(name: str) -> bool:
+        return environ.get(name, "").lower() in ("1", "true", "yes")
+
+    if args.deepspeed or flag("ACCELERATE_USE_DEEPSPEED"):
+        return "DEEPSPEED"
+    if args.fsdp or flag("ACCELERATE_USE_FSDP"):
+        return "FSDP"
+    return "DDP" if launched_world_size(environ) > 1 else "SINGLE"
+
+
+def check_strategy(distributed_type: DistributedType, args: TrainingArguments) -> str:
+    """Refuse to train with another strategy than the one asked for; returns the strategy's name."""
+    got = {DistributedType.NO: "SINGLE", DistributedType.DEEPSPEED: "DEEPSPEED", DistributedType.FSDP: "FSDP"}.get(
+        distributed_type, "DDP"
+    )
+    asked = asked_strategy(args)
+    if asked != got:
+        hint = {
+            "FSDP": "Accelerate's FSDP needs GPUs (on CPUs it becomes DDP)",
+            "DEEPSPEED": "unset ACCELERATE_USE_CPU, which switches DeepSpeed off",
+        }.get(asked, "start with torchrun or accelerate launch --multi_gpu")
+        raise UserError(f"{asked} was asked for, but this launch would train with {got}: {hint}")
+    return got
+
+
+def leave() -> None:
+    """Take the process group down after the last collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@functools.cache  # asked by the run folder's record and by the entry point
+def first_to_fail() -> bool:
+    """Whether this process is the first of its job to fail, and so the one whose error is shown.
+
+    Asks the launcher's key-value store, which outlives the workers; when in doubt, yes. Not a collective.
+    """
+    environ = os.environ
+    if launched_world_size() == 1:
+        return True
+    try:
+        store = dist.TCPStore(
+            environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
+        )
+        return store.add(f"vit_dist/failed/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except Exception:
+        return True

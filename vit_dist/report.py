@@ -1,0 +1,182 @@
+"""What a finished run leaves for people and programs. Plain functions of finished values, called on rank 0."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from vit_dist.config import Config
+from vit_dist.data.dataset import ImageDataset
+from vit_dist.data.decode import decode
+
+CHECKED_IMAGES = 8
+
+
+def write_predictions(path: Path, dataset: ImageDataset, split: str, classes: list[str], logits: np.ndarray) -> None:
+    """One row per image: `split`, `id`, `label`, `predicted`, `correct`, `probabilities` (float32, in class order)."""
+    labels = np.asarray(dataset.table["label"])
+    shifted = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64))
+    probabilities = (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
+    predicted = logits.argmax(axis=1)
+    names = np.asarray(classes, dtype=object)
+    table = pa.table(
+        {
+            "split": pa.array([split] * len(labels)),
+            "id": pa.array(list(dataset.ids), pa.string()),
+            "label": pa.array(names[labels].tolist(), pa.string()),
+            "predicted": pa.array(names[predicted].tolist(), pa.string()),
+            "correct": pa.array(predicted == labels),
+            "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), len(classes)),
+        }
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, partial)
+    os.replace(partial, path)
+
+
+def check_export(
+    folder: Path, dataset: ImageDataset, logits: np.ndarray, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Reload an exported model as a user would and compare it with what the run computed.
+
+    `logits` (n, classes) are the run's own for the first images of `dataset`. The reloaded image processor must make
+    the same pixels to the bit; logits may differ by what the batch size does to rounding. Raises RuntimeError.
+    """
+    model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    count = min(CHECKED_IMAGES, len(dataset))
+    images = [decode(dataset.table[i]["image"], dataset.rules) for i in range(count)]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    if not torch.equal(pixels, torch.stack([dataset[i]["pixel_values"] for i in range(count)])):
+        raise RuntimeError(
+            f"{folder}: the saved image processor does not make the pixels that the model was evaluated on"
+        )
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        again = model(pixels.to(device)).logits.float().cpu().numpy()
+    ours = logits[:count].astype(np.float32)
+    tolerance = (1e-4 if dtype == torch.float32 else 5e-2) * max(1.0, float(np.abs(ours).max()))
+    if not np.abs(again - ours).max() <= tolerance:
+        raise RuntimeError(
+            f"{folder}: the saved model's logits differ from the run's by {np.abs(again - ours).max():.3g}; "
+            "the weights were not saved as they were trained"
+        )
+
+
+def finish_export(folder: Path) -> None:
+    """Give the weights the permissions that other files get (safetensors writes 0600), and drop pickled arguments."""
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
+def write_model_card(
+    folder: Path,
+    config: Config,
+    description: Sequence[str],
+    classes: Sequence[str],
+    results: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> None:
+    """README.md of the exported model: data, recipe, results, and how to use it."""
+    base, name = config.model.model, config.output_dir.name
+    on_hub = base != "tiny" and not Path(base).exists()
+    splits = [split for split in ("test", "eval") if f"{split}_accuracy" in results]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vit_dist"],
+        base_model=base if on_hub else None,
+        model_name=name,
+        eval_results=[_eval_result(split, config.data.data, results) for split in splits],
+    )
+    settings = {
+        **{key: config.resolved()[key] for key in CARD_SETTINGS},
+        "global_batch_size": results["global_batch_size"],
+    }
+    content = CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        base=base if on_hub or base == "tiny" else Path(base).name,
+        data="\n".join(f"- {line}" for line in description),
+        classes=", ".join(f"`{name}`" for name in classes[:50]) + (" and more" if len(classes) > 50 else ""),
+        header=" | ".join(CARD_METRICS),
+        rule="|---" * (2 + len(CARD_METRICS)) + "|",
+        numbers="\n".join(_card_row(split, results) for split in splits),
+        settings="\n".join(f"| `{key}` | {value} |" for key, value in settings.items()),
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+    )
+    ModelCard(content).save(folder / "README.md")
+
+
+def _eval_result(split: str, data: str, results: Mapping[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type="imagefolder" if Path(data).expanduser().exists() else data,
+        dataset_name=Path(data).name,
+        dataset_split="validation" if split == "eval" else split,
+        metric_type="accuracy",
+        metric_value=results[f"{split}_accuracy"],
+    )
+
+
+def _card_row(split: str, results: Mapping[str, Any]) -> str:
+    numbers = " | ".join(f"{results[f'{split}_{name}']:.4f}" for name in CARD_METRICS)
+    return f"| {'validation' if split == 'eval' else split} | {results[f'{split}_samples']:,} | {numbers} |"
+
+
+CARD_METRICS = ("accuracy", "top5_accuracy", "f1_macro", "balanced_accuracy", "loss")
+CARD_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs", "max_steps",
+    "label_smoothing_factor", "random_resized_crop", "horizontal_flip", "seed", "bf16", "fp16",
+)  # fmt: skip
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+An image classifier, fine-tuned from `{base}` with vit_dist.
+
+## Use
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="path/to/this/folder")
+classify("photo.jpg")
+```
+
+## Results
+
+The best model by the validation split; the test split, where there is one, was evaluated once, at the end.
+
+| split | images | {header} |
+{rule}
+{numbers}
+
+## Data
+
+{data}
+
+Classes: {classes}
+
+## Training
+
+| setting | value |
+|---|---|
+{settings}
+
+Versions: {versions}
+"""

@@ -1,0 +1,112 @@
+"""After training: evaluate the best model, predict on test once, and leave it all in the run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+
+from vit_dist import console, report, run_folder
+from vit_dist.config import Config
+from vit_dist.data.dataset import ImageDataset
+from vit_dist.data.pipeline import ImageData
+from vit_dist.distributed import on_main
+from vit_dist.metrics import ClassificationMetrics
+from vit_dist.trackers import Trackers
+from vit_dist.trainer import ExactTrainer
+
+
+def conclude(
+    config: Config,
+    trainer: ExactTrainer,
+    data: ImageData,
+    metrics: ClassificationMetrics,
+    trained: dict[str, float],
+    facts: dict[str, Any],
+    trackers: Trackers | None,
+) -> None:
+    """Every rank evaluates and takes part in saving; rank 0 writes. `trackers` is rank 0's."""
+    results: dict[str, Any] = {
+        **training_results(trainer, trained),
+        "world_size": facts["world_size"],
+        "global_batch_size": facts["global_batch_size"],
+        "skipped_images": sum(data.skipped.values()),
+    }
+    split, dataset, logits = "validation", data.validation, np.empty(0)
+    for prefix, name, one in (("eval", "validation", data.validation), ("test", "test", data.test)):
+        if one is not None:
+            split, dataset = name, one
+            logits, numbers = predict(trainer, one, metrics, prefix)
+            results |= numbers
+    partial = config.output_dir / ".best.partial"
+    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+    trainer.save_model(str(partial))
+
+    def write() -> None:
+        report.finish_export(partial)
+        dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
+        report.check_export(partial, dataset, logits, trainer.args.device, dtype)
+        report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
+        shutil.rmtree(config.output_dir / "best", ignore_errors=True)
+        os.replace(partial, config.output_dir / "best")
+        report.write_predictions(config.output_dir / "predictions.parquet", dataset, split, data.classes, logits)
+        run_folder.write_json(config.output_dir / run_folder.RESULTS, results)
+
+    on_main(write)
+    if trackers is not None:
+        _tell(config, trainer, results, trackers)
+    on_main(lambda: run_folder.write_status(config.output_dir, "complete", step=trainer.state.global_step))
+    console.say(run_folder.describe(config.output_dir))
+
+
+def training_results(trainer: ExactTrainer, trained: dict[str, float]) -> dict[str, float]:
+    """Upstream's `train_*`, right after a restart too: speed of this attempt's own steps, loss over all of them."""
+    seconds, steps = trained["train_runtime"], trainer.state.global_step - trainer.first_step
+    before, total = 0.0, 0.0
+    for row in trainer.state.log_history:
+        if "loss" in row:
+            total, before = total + row["loss"] * (row["step"] - before), row["step"]
+    results = {
+        "epoch": trainer.state.epoch or 0.0,
+        "train_steps": trainer.state.global_step,
+        "train_loss": total / max(before, 1),
+        "train_runtime": seconds,
+        "train_samples": len(trainer.train_dataset),  # type: ignore[arg-type]
+    }
+    if steps:
+        results["train_steps_per_second"] = steps / seconds
+        results["train_samples_per_second"] = steps * trainer.batches.global_batch / seconds
+    if trainer.state.best_global_step:
+        results["best_step"] = trainer.state.best_global_step
+    return results
+
+
+def predict(
+    trainer: ExactTrainer, dataset: ImageDataset, metrics: ClassificationMetrics, prefix: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Logits (n, classes) and metrics under `prefix_`, every image counted once (all ranks participate)."""
+    output = trainer.predict(dataset, metric_key_prefix=prefix)
+    numbers: dict[str, Any] = {
+        k: v for k, v in (output.metrics or {}).items() if not k.endswith("model_preparation_time")
+    }
+    if numbers[f"{prefix}_samples"] != len(dataset):
+        raise RuntimeError(f"{prefix}: {numbers[f'{prefix}_samples']} of {len(dataset)} images were evaluated")
+    logits = np.asarray(output.predictions)
+    rows = metrics.per_class(logits, np.asarray(dataset.table["label"]))
+    numbers[f"{prefix}_per_class"] = {row.pop("class"): row for row in rows}
+    return logits, numbers
+
+
+def _tell(config: Config, trainer: ExactTrainer, results: dict[str, Any], trackers: Trackers) -> None:
+    """The test row in metrics.jsonl, final numbers in the W&B summary."""
+    test = {k: v for k, v in results.items() if k.startswith("test_") and isinstance(v, (int, float))}
+    if test:
+        trackers.metrics_file.append(trainer.state.global_step, {"epoch": trainer.state.epoch, **test})
+    if trackers.wandb is not None:
+        trackers.wandb.summary({k: v for k, v in results.items() if isinstance(v, (int, float))})
+        line = trackers.wandb.close()
+        if line:
+            console.say(line)

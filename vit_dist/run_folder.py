@@ -1,0 +1,273 @@
+"""The run folder on rank 0: what an earlier attempt left there, and the state of this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from vit_dist.config import Config, write_config
+from vit_dist.distributed import first_to_fail, launched_rank
+from vit_dist.errors import UserError
+
+CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
+METRICS, RESULTS = "metrics.jsonl", "all_results.json"
+
+# Settings that may differ between two attempts of one run: they change where it runs or what is shown, not what it
+# computes. Batch size and accumulation may change as long as their product over all processes does not.
+FREE = {
+    "output_dir", "fresh", "logging_dir", "cache_dir", "report_to", "run_name", "project", "disable_tqdm",
+    "log_level", "log_level_replica", "log_on_each_node", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "save_total_limit", "resume_from_checkpoint", "local_rank", "ddp_timeout", "ddp_backend", "use_cpu",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "do_train", "do_eval",
+    "do_predict", "verify_images", "eval_accumulation_steps",
+}  # fmt: skip
+
+
+PINNED = ("data", "global_batch_size", "model_revision")  # facts that must not change between two attempts
+
+
+@dataclass
+class Attempt:
+    """One start of a run."""
+
+    number: int = 1
+    checkpoint: str | None = None  # to resume from
+    wandb_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    finished: str | None = None  # what a complete run has to say, if there is nothing to do
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect(config: Config) -> Attempt:
+    """Decide what to do about the run folder, without changing anything in it but for `--fresh`.
+
+    Raises UserError if the folder is not a run folder, or holds a run with other settings.
+    """
+    folder = config.output_dir
+    if not folder.exists() or not any(folder.iterdir()):
+        return Attempt()
+    status, record = read_json(folder / STATUS), read_json(folder / RECORD)
+    if not (folder / STATUS).exists():
+        raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
+    summary = describe(folder)
+    if config.run.fresh:
+        aside = _move_aside(folder)
+        return Attempt(notes=[f"--fresh: {summary} moved to {aside}"])
+    complete, checkpoint = status.get("state") == "complete", None
+    notes: list[str] = []
+    if not complete:
+        checkpoint, notes = _newest_checkpoint(config)
+        if checkpoint is None:  # nothing was saved, so there is nothing that other settings could spoil
+            return Attempt(number=record.get("attempts", 0) + 1, notes=notes)
+    changed = _changes(folder / CONFIG, config)
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same settings to continue it, "
+            "another --output_dir for a new run, or --fresh to start over"
+        )
+    attempt = Attempt(
+        record.get("attempts", 0) + 1, checkpoint, record.get("wandb_id", Attempt().wandb_id), notes=notes
+    )
+    if complete:
+        attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {folder}.previous"
+    return attempt
+
+
+def describe(folder: Path) -> str:
+    """One line about a run folder."""
+    status, results = read_json(folder / STATUS), read_json(folder / RESULTS)
+    parts = [f"{folder}: {status.get('state', 'unknown')}"]
+    parts += [
+        f"{kind} accuracy {results[key]:.4f}" for kind in ("eval", "test") if (key := f"{kind}_accuracy") in results
+    ]
+    count = len(list(folder.glob("checkpoint-*")))
+    parts += [f"{count} checkpoint{'s' if count != 1 else ''}"] if count else []
+    return ", ".join(parts)
+
+
+def facts(
+    data: dict[str, Any], model_revision: str | None, world_size: int, global_batch: int, strategy: str
+) -> dict[str, Any]:
+    """What the run record states beyond the settings."""
+    return {
+        "world_size": world_size,
+        "strategy": strategy,
+        "global_batch_size": global_batch,
+        "data": data,
+        "model_revision": model_revision,
+        **environment(),
+    }
+
+
+@contextlib.contextmanager
+def failure_recorded(folder: Path) -> Iterator[None]:
+    """Any rank: if the block fails here first, status.json says so."""
+    try:
+        yield
+    except BaseException as error:
+        if first_to_fail():
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            write_status(folder, "failed", reason=reason, rank=launched_rank())
+        raise
+
+
+def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: dict[str, Any]) -> None:
+    """Write the attempt's settings, class list and record; `facts` are fingerprints and batch arithmetic.
+
+    Raises UserError if the data or the global batch are not those that the run began with.
+    """
+    folder = config.output_dir
+    before = read_json(folder / RECORD)
+    if attempt.checkpoint is None:
+        for name in (METRICS, RESULTS):
+            (folder / name).unlink(missing_ok=True)
+    else:
+        for key, now in facts.items():
+            if key in before and before[key] != now and key in PINNED:
+                raise UserError(_fact_message(folder, key, before[key], now))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, folder / CONFIG)
+    write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
+    record = {"attempts": attempt.number, "wandb_id": attempt.wandb_id, **facts}
+    write_json(folder / RECORD, record)
+    write_status(folder, "running", attempt=attempt.number)
+
+
+def _fact_message(folder: Path, key: str, before: Any, now: Any) -> str:
+    if key == "global_batch_size":
+        return (
+            f"{folder} was trained with a global batch of {before} images, this launch makes {now}: set "
+            "--per_device_train_batch_size and --gradient_accumulation_steps so that their product with the number "
+            "of processes is the same"
+        )
+    changed = [name for name in now if before.get(name) != now[name]] if isinstance(now, dict) else []
+    detail = f" ({', '.join(changed)})" if changed else ""
+    return (
+        f"{folder}: the {key} changed since the run began{detail}; use another --output_dir, or --fresh to start over"
+    )
+
+
+def write_status(folder: Path, state: str, **details: Any) -> None:
+    """status.json: `state` is running, complete or failed; replaced in one step, so that no reader sees half of it."""
+    facts = {
+        "state": state,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    write_json(folder / STATUS, {**facts, **details})
+
+
+def write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty if there is none or it was cut short."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, and the commit of this package's checkout if it is one."""
+    versions = {"python": platform.python_version()}
+    for name in ("vit_dist", "torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "pillow"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"versions": versions, "git_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, `+` appended if files were changed since; else None."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        if tracked.returncode:
+            return None  # installed somewhere inside another project's checkout
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty else "")
+
+
+def _move_aside(folder: Path) -> Path:
+    """Rename the folder to <folder>.previous, in place of an older one that was a run too."""
+    aside = folder.with_name(folder.name + ".previous")
+    if aside.exists():
+        if not (aside / STATUS).exists():
+            raise UserError(f"--fresh: {aside} is in the way and not a run folder; move it elsewhere")
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    return aside
+
+
+def _newest_checkpoint(config: Config) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint, and a note on each newer one that is not."""
+    asked = config.training["resume_from_checkpoint"]
+    if asked:
+        reason = _damage(Path(asked))
+        if reason:
+            raise UserError(f"resume_from_checkpoint={asked}: {reason}")
+        return asked, []
+    notes: list[str] = []
+    for path in _checkpoints(config.output_dir):
+        reason = _damage(path)
+        if reason is None:
+            return str(path), notes
+        notes.append(f"{path} is not whole ({reason}) and is passed over")
+    return None, notes
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    yield from sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: -int(steps[p]))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, None if it can. Upstream would take any folder of this name."""
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file() or not (checkpoint / name).stat().st_size:
+            return f"no {name}"
+    if not read_json(checkpoint / "trainer_state.json"):
+        return "trainer_state.json was cut short"
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    try:
+        for path in weights:
+            with safe_open(path, framework="pt"):  # checks the header against the file's size
+                pass
+    except Exception as error:
+        return f"{path.name}: {error}"
+    return None if weights else "no weights"
+
+
+def _changes(path: Path, config: Config) -> list[str]:
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    now = config.resolved()
+    return [
+        f"{key} {before[key]!r} -> {now[key]!r}"
+        for key in now
+        if key not in FREE and key in before and before[key] != now[key]
+    ]

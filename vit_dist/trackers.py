@@ -1,0 +1,54 @@
+"""Where metrics go while training, on rank 0: the run's own file, the screen, and Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vit_dist.callbacks.metrics_file import MetricsFile, last_steps
+from vit_dist.callbacks.progress import Progress
+from vit_dist.callbacks.wandb import WandbCallback, logged_in
+from vit_dist.config import Config
+from vit_dist.run_folder import METRICS, Attempt
+from vit_dist.trainer import ExactTrainer, reporters
+
+
+@dataclass
+class Trackers:
+    metrics_file: MetricsFile
+    wandb: WandbCallback | None
+    lines: list[str]  # what the plan says of each
+
+
+def open_trackers(config: Config, attempt: Attempt, facts: dict[str, Any], trainer: ExactTrainer) -> Trackers:
+    """Add rank 0's callbacks to the trainer."""
+    path = config.output_dir / METRICS
+    logged = last_steps(path)
+    metrics_file = MetricsFile(path)
+    lines = [
+        f"{name} in {config.logging_dir}" if name == "tensorboard" else name for name in trainer.args.report_to or []
+    ]
+    wandb = None
+    if wants_wandb(config):
+        wandb = WandbCallback(
+            run_id=attempt.wandb_id,
+            run_name=config.training["run_name"] or config.output_dir.name,
+            config={**config.resolved(), **facts},
+            directory=config.output_dir,
+            last_step=logged,
+        )
+        lines.append(wandb.open())
+    else:
+        lines.append("W&B: off")
+    for callback in (metrics_file, Progress(trainer.batches.global_batch), wandb):
+        if callback is not None:
+            trainer.add_callback(callback)
+    return Trackers(metrics_file, wandb, lines)
+
+
+def wants_wandb(config: Config) -> bool:
+    """Asked for, or not forbidden and the user is logged in (or has asked for offline runs)."""
+    if config.training["report_to"] is None:
+        return logged_in() or os.environ.get("WANDB_MODE") == "offline"
+    return "wandb" in reporters(config)

@@ -1,0 +1,84 @@
+"""Fine-tune a Vision Transformer.
+
+python -m vit_dist.train                                      # one device: a GPU if there is one, else the CPU
+python -m vit_dist.train configs/recipes/cifar10.yaml --learning_rate 3e-5
+vit-dist train --data ~/photos                                # one process per visible GPU
+accelerate launch --num_processes 8 -m vit_dist.train --data ~/photos
+torchrun --nproc-per-node 8 -m vit_dist.train configs/recipes/cifar10.yaml
+
+The same command again continues the run where it stopped. --help lists all options.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from vit_dist import console, distributed, run_folder
+from vit_dist.config import Config, load_config
+from vit_dist.errors import UserError
+
+
+def train(config: Config) -> None:
+    """The order of events of a run; every rank runs it. Raises UserError for what the user can mend."""
+    # Slow to import; a mistake in the command should be told at once.
+    from vit_dist import plan, results, trackers
+    from vit_dist.data.pipeline import build_data
+    from vit_dist.metrics import ClassificationMetrics
+    from vit_dist.model import build_model
+    from vit_dist.trainer import build_arguments, build_trainer, require_metric
+
+    idle_gpus = distributed.use_one_device()
+    args = build_arguments(config)  # joins the process group
+    distributed.check_launch(args)
+    attempt = distributed.on_main(lambda: run_folder.inspect(config))
+    if attempt.finished:
+        console.say(attempt.finished)
+        return
+
+    data = build_data(config.data, config.model, config.data_seed, console.progress)
+    distributed.agree("data", data.record["fingerprint"])
+    built = build_model(config.model, data.classes, data.input_size, seed=args.seed, cache_dir=config.data.cache_dir)
+    metrics = ClassificationMetrics(data.classes, config.run.metrics)
+    require_metric(config.training["metric_for_best_model"], metrics)
+    trainer = build_trainer(config, args, data, built.model, metrics)
+    strategy = distributed.check_strategy(trainer.accelerator.distributed_type, args)
+
+    facts = run_folder.facts(data.record, built.revision, args.world_size, trainer.batches.global_batch, strategy)
+    distributed.on_main(lambda: run_folder.open_attempt(config, attempt, data.classes, facts))
+    with run_folder.failure_recorded(config.output_dir):
+        reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
+        console.say(*plan.describe(config, attempt, data, built, trainer, strategy, idle_gpus, reporting))
+        output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
+        results.conclude(config, trainer, data, metrics, output.metrics, facts, reporting)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `train`. Exit code 2 and one line for what the user can mend, 1 and the first failing rank's traceback else."""
+    console.set_up(distributed.launched_rank())
+    try:
+        train(load_config(sys.argv[1:] if argv is None else argv))
+        distributed.leave()
+        return 0
+    except UserError as error:
+        return _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues from the last checkpoint", 130)
+    except Exception:
+        return _fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    """Show the first failure of the job, and no other; then leave without another collective."""
+    if distributed.first_to_fail():
+        console.show_error(message)
+    if distributed.launched_world_size() > 1:
+        # Ordinary interpreter exit can wait for a process group whose peers are gone. The launcher ends the others.
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

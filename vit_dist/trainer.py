@@ -1,0 +1,220 @@
+"""The Trainer with what it needs to be exact: full global batches, strict reloading, no hidden NaN."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from vit_dist.callbacks.reproducible import LogBeforeSave, StepSeeds
+from vit_dist.config import Config
+from vit_dist.data.dataset import collate
+from vit_dist.data.pipeline import ImageData
+from vit_dist.data.sampler import GlobalBatchSampler
+from vit_dist.distributed import any_rank, gather
+from vit_dist.errors import UserError
+from vit_dist.metrics import ClassificationMetrics
+from vit_dist.model import reload_strictly
+
+
+def build_arguments(config: Config) -> TrainingArguments:
+    """Make the `TrainingArguments`, which joins the process group. Call once.
+
+    Without an accelerator the device is the CPU, said explicitly: left to itself, upstream would not see the
+    launcher's other processes.
+    """
+    settings = dict(config.training)
+    settings["use_cpu"] = settings["use_cpu"] or not torch.accelerator.is_available()
+    if settings["dataloader_num_workers"] is None:
+        settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
+    settings["dataloader_drop_last"] = False  # our sampler's business; upstream would drop evaluation images too
+    settings["report_to"] = [name for name in reporters(config) if name != "wandb"] or "none"
+    settings["disable_tqdm"] = True  # our own progress callback shows bars on a terminal
+    settings["restore_callback_states_from_checkpoint"] = False
+    if "tensorboard" in settings["report_to"]:
+        # upstream dropped `logging_dir`; this variable is what it reads now
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.logging_dir)
+    try:
+        return TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training arguments: {' '.join(str(error).split())}") from None
+
+
+def reporters(config: Config) -> list[str]:
+    """`--report_to` as a list; empty if it was not given (then Weights & Biases is used if the user is logged in)."""
+    asked = config.training["report_to"]
+    names = [asked] if isinstance(asked, str) else list(asked or [])
+    if "all" in names:
+        from transformers.integrations import get_available_reporting_integrations
+
+        names = get_available_reporting_integrations()
+    return [name for name in names if name != "none"]
+
+
+def _spare_cores() -> int:
+    """Data loading workers for this process: its share of the cores it may use, less one for itself, at most 8."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+def build_batches(config: Config, args: TrainingArguments, num_images: int) -> GlobalBatchSampler:
+    strategy = str(config.training["train_sampling_strategy"])
+    if strategy not in ("random", "sequential"):
+        raise UserError(f"train_sampling_strategy={strategy}: images have no length; use random or sequential")
+    return GlobalBatchSampler(
+        num_images,
+        per_device_batch=args.per_device_train_batch_size,
+        gradient_accumulation=args.gradient_accumulation_steps,
+        world_size=args.world_size,
+        rank=args.process_index,
+        seed=config.data_seed,
+        shuffle=strategy == "random",
+        drop_last=config.training["dataloader_drop_last"],
+    )
+
+
+def build_trainer(
+    config: Config,
+    args: TrainingArguments,
+    data: ImageData,
+    model: torch.nn.Module,
+    metrics: ClassificationMetrics,
+) -> ExactTrainer:
+    batches = build_batches(config, args, len(data.train))
+    trainer = ExactTrainer(
+        batches=batches,
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.processor,
+        data_collator=collate,
+        compute_metrics=metrics,
+        callbacks=[StepSeeds(batches), LogBeforeSave()],
+    )
+    for upstream in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(upstream)
+    return trainer
+
+
+def require_metric(name: str | None, metrics: ClassificationMetrics) -> None:
+    """Raise UserError now, not after the first epoch, if the metric that chooses the best model is not computed."""
+    num_classes = len(metrics.classes)
+    computed = metrics(EvalPrediction(np.zeros((1, num_classes), np.float32), np.zeros(1, np.int64)))
+    if name is not None and name.removeprefix("eval_") not in computed:
+        raise UserError(
+            f"metric_for_best_model={name} is not computed; there are {', '.join(sorted(computed))}; --metrics adds more"
+        )
+
+
+class ExactTrainer(Trainer):
+    """`transformers.Trainer` whose numbers do not depend on the number of processes or on restarts."""
+
+    def __init__(self, *, batches: GlobalBatchSampler, **kwargs: Any) -> None:
+        self.batches = batches
+        self._compute_metrics = kwargs.pop("compute_metrics")
+        super().__init__(compute_metrics=self._metrics_of_every_image, **kwargs)
+        # The loss is the mean over the micro-batch, and all micro-batches have the same size: upstream then divides
+        # by the accumulation and needs no count of labels over all ranks, which costs a collective per step.
+        self.model_accepts_loss_kwargs = False
+        self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # (index, loss) of each image since the last step
+
+    @property
+    def first_step(self) -> int:
+        """The step at which this attempt began: 0, or its checkpoint's."""
+        return self._initial_global_step
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by Accelerate: the sampler already yields this rank's share."""
+        args = self.args
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy over the micro-batch, in float32."""
+        inputs = dict(inputs)
+        index, labels = inputs.pop("index"), inputs.pop("labels")
+        outputs = model(**inputs)
+        losses = F.cross_entropy(
+            outputs.logits.float(), labels, reduction="none", label_smoothing=self.args.label_smoothing_factor
+        )
+        self._losses.append((index, losses.detach()))
+        return (losses.mean(), outputs) if return_outputs else losses.mean()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # the last micro-batch: backward is done, the optimizer step is not
+            self._stop_unless_finite()
+        return loss
+
+    def _stop_unless_finite(self) -> None:
+        """Raise UserError on every rank if any image's loss is NaN or infinite (all ranks participate)."""
+        index, loss = (torch.cat(parts) for parts in zip(*self._losses, strict=True))
+        self._losses.clear()
+        bad = ~torch.isfinite(loss)
+        if any_rank(bad.any()):
+            ids = self.train_dataset.ids  # type: ignore[union-attr]
+            mine = [f"{i} ({ids[i]})" for i in index[bad].tolist()]
+            found = {rank: images for rank, images in enumerate(gather(mine)) if images}
+            where = "; ".join(
+                f"rank {rank}: images {', '.join(images[:8])}{' and more' if len(images) > 8 else ''}"
+                for rank, images in found.items()
+            )
+            raise UserError(
+                f"the loss is NaN or infinite at step {self.state.global_step + 1}, before the optimizer step; "
+                f"{where}. Lower --learning_rate, look at these images, or use bf16 instead of fp16"
+            )
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Logits and (labels, index); no loss, which upstream would average with padding duplicates counted."""
+        inputs = self._prepare_inputs(inputs)
+        labels, index = inputs.pop("labels"), inputs.pop("index")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        return None, logits.float(), (labels, index)
+
+    def _metrics_of_every_image(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Metrics over the whole split; RuntimeError unless every image is there exactly once, in order."""
+        labels, index = prediction.label_ids  # type: ignore[misc]
+        if not np.array_equal(index, np.arange(len(index))):
+            raise RuntimeError(f"evaluation did not see every image once: {len(index)} rows, {len(set(index))} images")
+        return self._compute_metrics(EvalPrediction(predictions=prediction.predictions, label_ids=labels))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None counted: upstream's estimate takes each pixel for a token, and walks all parameters at every step."""
+        return 0
+
+    # Overridden private methods: upstream's read the raw file and drop the tensors whose names differ (see
+    # `reload_strictly`). tests/test_reload.py notices when upstream is mended.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            reload_strictly(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+            reload_strictly(self.accelerator.unwrap_model(self.model), best)
