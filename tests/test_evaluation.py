@@ -39,7 +39,9 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
     for batch in (4, 1):
         args.per_device_eval_batch_size = batch
         for size in SIZES:
-            part = ImageDataset(data.validation.table.select(range(size)), data.validation.transform, data.validation.rules)
+            part = ImageDataset(
+                data.validation.table.select(range(size)), data.validation.transform, data.validation.rules
+            )
             logits, numbers = predict(trainer, part, metrics, "eval")
             assert len(logits) == size
             numbers["in_training"] = trainer.evaluate(part)["eval_loss"]

@@ -7,7 +7,9 @@ from vit_dist.data.sampler import GlobalBatchSampler
 from vit_dist.errors import UserError
 
 
-def steps(num_images: int, epoch: int, per_device: int, world: int, accumulation: int, **kwargs: bool) -> list[list[int]]:
+def steps(
+    num_images: int, epoch: int, per_device: int, world: int, accumulation: int, **kwargs: bool
+) -> list[list[int]]:
     """The images of each step of an epoch, over all ranks, in order."""
     ranks = [
         GlobalBatchSampler(
@@ -21,7 +23,7 @@ def steps(num_images: int, epoch: int, per_device: int, world: int, accumulation
     micro = [list(sampler) for sampler in ranks]
     assert all(len(batches) == len(ranks[0]) and len(b) == per_device for batches in micro for b in batches)
     flat = [[key for rank in micro for key in rank[i]] for i in range(len(ranks[0]))]
-    return [sum(flat[i : i + accumulation], []) for i in range(0, len(flat), accumulation)]
+    return [[key for part in flat[i : i + accumulation] for key in part] for i in range(0, len(flat), accumulation)]
 
 
 @pytest.mark.parametrize("topology", [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (2, 4, 1), (1, 8, 1)])

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
-from vit_dist.config import ModelOptions
 from vit_dist.errors import UserError
+from vit_dist.options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _tiny(input_size: int) -> PreTrainedModel:
     config = ViTConfig(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
         image_size=input_size, patch_size=max(1, input_size // 4),
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
     )  # fmt: skip
     return ViTForImageClassification(config)
 
@@ -92,6 +92,13 @@ def _pretrained(
         config = AutoConfig.from_pretrained(options.model, **where)
         same_head = [config.id2label.get(i) for i in range(config.num_labels)] == classes
         _name_classes(config, classes)
+        revision = getattr(config, "_commit_hash", None)
+        if options.from_scratch:
+            return (
+                AutoModelForImageClassification.from_config(config, dtype=torch.float32),
+                ["random weights"],
+                revision,
+            )
         model, info = AutoModelForImageClassification.from_pretrained(
             options.model,
             config=config,
@@ -115,13 +122,11 @@ def _pretrained(
             f"example {lost[0]}; it is not a {config.model_type} checkpoint that transformers can load"
         )
     notes = [
-        f"new weights: {_listed(new)}"
-        if new
-        else f"no new weights (the head already has these {len(classes)} classes)"
+        f"new weights: {_listed(new)}" if new else f"no new weights (the head already has these {len(classes)} classes)"
     ]
     if info["unexpected_keys"]:
         notes.append(f"not used: {_listed(info['unexpected_keys'])}")
-    return model, notes, getattr(config, "_commit_hash", None)
+    return model, notes, revision
 
 
 def _renew(model: PreTrainedModel, head: list[str]) -> set[str]:
@@ -178,9 +183,7 @@ def _interpolate(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Te
         side = round((like.shape[1] - like_extra) ** 0.5)
         return torch.cat([value[:, :extra], _resize_grid(value[0, extra:], grid, side)[None]], dim=1)
     if name.endswith("relative_position_bias_table"):
-        extra = (
-            3 if round((len(value) - 3) ** 0.5) ** 2 == len(value) - 3 else 0
-        )  # BEiT: cls-token, token-cls, cls-cls
+        extra = 3 if round((len(value) - 3) ** 0.5) ** 2 == len(value) - 3 else 0  # BEiT: cls-token, token-cls, cls-cls
         grid, side = round((len(value) - extra) ** 0.5), round((len(like) - extra) ** 0.5)
         return torch.cat([_resize_grid(value[: len(value) - extra], grid, side), value[len(value) - extra :]])
     raise UserError(f"--image_size: do not know how to interpolate {name} {tuple(value.shape)} to {tuple(like.shape)}")

@@ -56,9 +56,7 @@ def batch_arithmetic(trainer: ExactTrainer) -> str:
 
 def total_steps(trainer: ExactTrainer) -> int:
     args = trainer.args
-    return (
-        args.max_steps if args.max_steps > 0 else -int(-args.num_train_epochs * trainer.batches.steps_per_epoch // 1)
-    )
+    return args.max_steps if args.max_steps > 0 else -int(-args.num_train_epochs * trainer.batches.steps_per_epoch // 1)
 
 
 def learning_rate(trainer: ExactTrainer) -> str:

@@ -56,7 +56,7 @@ def train(config: Config) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `train`. Exit code 2 and one line for what the user can mend, 1 and the first failing rank's traceback else."""
+    """Run `train`. Exit code 2 and one line for a user's error, 1 and the first failing rank's traceback else."""
     console.set_up(distributed.launched_rank())
     try:
         train(load_config(sys.argv[1:] if argv is None else argv))

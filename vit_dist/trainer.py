@@ -110,7 +110,7 @@ def require_metric(name: str | None, metrics: ClassificationMetrics) -> None:
     computed = metrics(EvalPrediction(np.zeros((1, num_classes), np.float32), np.zeros(1, np.int64)))
     if name is not None and name.removeprefix("eval_") not in computed:
         raise UserError(
-            f"metric_for_best_model={name} is not computed; there are {', '.join(sorted(computed))}; --metrics adds more"
+            f"metric_for_best_model={name} is not computed; --metrics adds to {', '.join(sorted(computed))}"
         )
 
 

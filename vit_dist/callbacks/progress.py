@@ -36,9 +36,7 @@ class Progress(ProgressCallback):
             bar.update(state.global_step)
             self.current_step = state.global_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.terminal:
             super().on_step_end(args, state, control, **kwargs)
 

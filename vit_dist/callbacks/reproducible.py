@@ -39,9 +39,7 @@ class LogBeforeSave(TrainerCallback):
     over fewer steps than in an uninterrupted run. Must come after upstream's flow callback, which decides to save.
     """
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log = control.should_log or control.should_save
 
     on_epoch_end = on_step_end

@@ -28,7 +28,7 @@ T = TypeVar("T")
 STEP = "train/global_step"  # the x axis of every chart
 PROBE_TIMEOUT = 3.0  # seconds
 TEARDOWN_TIMEOUT = 10.0  # seconds
-WARNINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # wandb's service does not let itself be kept from SIGTERM
 
 
 class WandbCallback(TrainerCallback):
@@ -178,6 +178,7 @@ class WandbCallback(TrainerCallback):
             "init_timeout": self.init_timeout,
             "finish_timeout": self.finish_timeout,  # since wandb 0.27
             "finish_timeout_raises": True,
+            "x_transaction_log_flush_interval": 1.0,  # seconds of rows that a kill may cost
         }
         return wandb.Settings(**{k: v for k, v in settings.items() if k in wandb.Settings.model_fields})
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_dist.config import DataOptions
+    from vit_dist.options import DataOptions
 
 ROLES = ("train", "validation", "test")
 SPLIT_NAMES = {

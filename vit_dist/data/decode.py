@@ -17,7 +17,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_dist.config import DataOptions
+    from vit_dist.options import DataOptions
 
 RULES_VERSION = 1  # part of the key of remembered outcomes: count up when a rule changes
 

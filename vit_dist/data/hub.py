@@ -13,7 +13,7 @@ import datasets
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_dist.config import DataOptions
+    from vit_dist.options import DataOptions
 
 _TIMEOUT = 10.0  # seconds
 

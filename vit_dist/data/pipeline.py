@@ -9,13 +9,13 @@ from typing import Any
 
 import datasets
 
-from vit_dist.config import DataOptions, ModelOptions
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.decode import DecodeRules
 from vit_dist.data.source import load_source
 from vit_dist.data.split import class_list, classes_hash, encode_labels, hold_out, limit, table_fingerprint
 from vit_dist.data.transforms import Transform, load_processor
 from vit_dist.data.verify import apply_policy, verify
+from vit_dist.options import DataOptions, ModelOptions
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -53,12 +53,8 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
         notes.append(f"no validation split: {share} of train held out, by class (seed {seed}, {split_hash[:12]})")
     if "test" not in tables:
         notes.append("no test split: no test result will be given")
-    caps = {
-        "train": options.max_train_samples,
-        "validation": options.max_eval_samples,
-        "test": options.max_predict_samples,
-    }
-    tables = {split: limit(table, caps[split], seed) for split, table in tables.items()}
+    caps = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+    tables = {split: limit(table, getattr(options, caps[split]), seed, caps[split]) for split, table in tables.items()}
     tables, skipped = _without_bad(tables, rules, options, progress)
     if any(skipped.values()):
         notes.append("left out bad images: " + ", ".join(f"{n} of {split}" for split, n in skipped.items() if n))

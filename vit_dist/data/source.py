@@ -32,7 +32,7 @@ from vit_dist.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from vit_dist.config import DataOptions
+    from vit_dist.options import DataOptions
 
 _IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -134,7 +134,7 @@ def _image_folder(root: Path, index: FolderIndex, options: DataOptions) -> Sourc
     num_classes = pc.count_distinct(tables["train"].data["label"]).as_py()
     notes = [f"image folder, {num_classes} class{'es' if num_classes != 1 else ''}"]
     if index.num_other:
-        notes.append(f"{index.num_other:,} files that are not images ignored")
+        notes.append(f"{index.num_other:,} other file{'s' if index.num_other != 1 else ''} ignored")
     return Source(tables, None, _describe(str(root), notes, tables, set(splits) - set(roles.values())))
 
 

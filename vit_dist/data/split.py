@@ -250,15 +250,17 @@ def _file_stats(images: pa.ChunkedArray, lengths: np.ndarray, with_times: bool) 
     """Sizes, and change times in ns, of the images that are files; -1 for those that are missing."""
     paths = pc.struct_field(images, "path").filter(pa.array(lengths < 0)).to_pylist()
 
-    def stat(path: str | None) -> tuple[int, ...]:
+    def stat(path: str | None) -> tuple[int, int]:
         try:
             found = os.stat(path or "")
         except OSError:
-            return (-1, -1) if with_times else (-1,)
-        return (found.st_size, found.st_ctime_ns) if with_times else (found.st_size,)
+            return -1, -1
+        return found.st_size, found.st_ctime_ns if with_times else 0
 
+    chunks = [paths[start : start + 1000] for start in range(0, len(paths), 1000)]
     with ThreadPoolExecutor(16) as pool:  # network file systems answer many questions at once
-        return np.array(list(pool.map(stat, paths)), np.int64)
+        found = [pair for chunk in pool.map(lambda chunk: list(map(stat, chunk)), chunks) for pair in chunk]
+    return np.array(found, np.int64)
 
 
 def _update(digest: Any, values: np.ndarray | pa.ChunkedArray) -> None:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
-from vit_dist.config import DataOptions, ModelOptions
 from vit_dist.errors import UserError
+from vit_dist.options import DataOptions, ModelOptions
 
 TINY_IMAGE_SIZE = 32  # pixels; the input side of `--model tiny`
 

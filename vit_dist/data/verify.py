@@ -22,7 +22,7 @@ from vit_dist.data.split import table_fingerprint
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_dist.config import DataOptions
+    from vit_dist.options import DataOptions
 
 _CHUNK = 32  # rows that a worker reads at once
 _MOST_LISTED = 10

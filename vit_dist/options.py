@@ -1,0 +1,166 @@
+"""The options of a run: ours, what we set for upstream's, and what is refused. Data only; `config` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DataOptions:
+    """Which images, and how they are split."""
+
+    _argument_group_name = "data"
+
+    data: str = _option(
+        "digits",
+        "What to train on: a Hugging Face hub data set id; a folder of class folders, with or without train/, "
+        "validation/ and test/; a Parquet, CSV or JSONL file or a folder of them; WebDataset .tar shards; a folder "
+        "written by `save_to_disk`; or `digits`, 1,797 handwritten digits that come with scikit-learn.",
+    )
+    data_config: str | None = _option(None, "Configuration (subset) of a hub data set.")
+    data_revision: str | None = _option(None, "Branch, tag or commit of a hub data set; the commit is recorded.")
+    image_column_name: str | None = _option(None, "Column with the images. Default: inferred from the column types.")
+    label_column_name: str | None = _option(None, "Column with the labels. Default: inferred from the column types.")
+    train_split: str | None = _option(None, "Name of the split to train on. Default: train.")
+    validation_split: str | None = _option(
+        None,
+        "Name of the split to choose the best model by. Default: validation, valid, val, dev or eval if there is one, "
+        "else held out of train.",
+    )
+    test_split: str | None = _option(
+        None,
+        "Name of the split that is evaluated once, at the end; `none` leaves a test split alone. Default: test if "
+        "there is one.",
+    )
+    train_val_split: float = _option(
+        0.15, "Share of train to hold out, by class and by `data_seed`, when there is no validation split."
+    )
+    max_train_samples: int | None = _option(None, "Train on this many images at most (a seeded choice, by class).")
+    max_eval_samples: int | None = _option(None, "Validate on this many images at most (a seeded choice, by class).")
+    max_predict_samples: int | None = _option(None, "Test on this many images at most (a seeded choice, by class).")
+    on_bad_image: str = _option(
+        "error",
+        "What to do about images that do not decode: `error` lists them and stops before training; `skip` leaves them "
+        "out before sampling and counts them in the results.",
+        choices=["error", "skip"],
+    )
+    max_bad_fraction: float = _option(0.01, "With `--on_bad_image skip`: stop if more than this share is bad.")
+    verify_images: bool = _option(
+        True,
+        "Decode every image once before training and remember the outcome. Off: a bad image stops the run later.",
+    )
+    max_image_pixels: int = _option(
+        120_000_000, "Refuse images with more pixels than this, before decoding them (decompression bombs)."
+    )
+    min_image_side: int = _option(2, "Refuse images with a side of fewer pixels than this.")
+    image_background: str = _option("white", "Colour behind transparent pixels: a name or #rrggbb.")
+    random_resized_crop: bool = _option(True, "Train on random crops, resized to the model's input.")
+    crop_min_scale: float = _option(0.08, "Smallest share of the image's area that a random crop keeps.")
+    horizontal_flip: bool = _option(True, "Mirror half of the training images. Off where left and right matter.")
+    cache_dir: str | None = _option(
+        None,
+        "Where data sets, models and image indexes are cached. Default: the Hugging Face cache (HF_HOME).",
+    )
+
+
+@dataclass
+class ModelOptions:
+    """Which model."""
+
+    _argument_group_name = "model"
+
+    model: str = _option(
+        "google/vit-base-patch16-224-in21k",
+        "A hub id or a folder of any image classification model that transformers knows, or `tiny`: a small ViT with "
+        "random weights, for trying things out.",
+    )
+    model_revision: str | None = _option(None, "Branch, tag or commit of a hub model; the commit is recorded.")
+    from_scratch: bool = _option(False, "Take only the architecture from --model, with random weights.")
+    image_size: int | None = _option(
+        None,
+        "Input side in pixels. Default: the model's own. Another size interpolates the position embeddings once; the "
+        "saved model has the new size.",
+    )
+
+
+@dataclass
+class RunOptions:
+    """How the run behaves and what it reports."""
+
+    _argument_group_name = "run"
+
+    fresh: bool = _option(
+        False, "Start over: an earlier run in the output folder is moved aside to <output_dir>.previous."
+    )
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further `evaluate` metrics, by name or path, beside the ones that are always computed."},
+    )
+    logging_dir: str | None = _option(
+        None, "Where TensorBoard logs go, with `--report_to tensorboard`. Default: <output_dir>/logs."
+    )
+
+
+# What we prefer to upstream's default, and why.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "save_total_limit": 2,  # the best and the last
+    "logging_strategy": "steps",
+    "logging_steps": 10,
+    "remove_unused_columns": False,  # there are no columns: our data set yields what the model takes
+    "logging_nan_inf_filter": False,  # a NaN is an error, not a number to average away
+    "ddp_find_unused_parameters": False,  # one pass over the graph less per step; every parameter is used
+    "report_to": None,  # None: Weights & Biases if the user is logged in
+    "dataloader_num_workers": None,  # None: from the cores this process may use
+}
+
+SECRET_KEYS = (
+    "hub_token",
+    "token",
+    "use_auth_token",
+    "api_key",
+    "wandb_api_key",
+    "hf_token",
+    "push_to_hub_token",
+)
+
+RENAMED = {
+    "dataset": "data",
+    "dataset_name": "data",
+    "dataset_config_name": "data_config",
+    "train_dir": "data",
+    "data_dir": "data",
+    "model_name_or_path": "model",
+    "model_name": "model",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
+    "no_cuda": "use_cpu",
+    "overwrite_output_dir": "fresh",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+}
+
+# Values of upstream fields that would break a promise of this package, and the reason.
+REFUSED = {
+    "auto_find_batch_size": (True, "each process would find its own size; set --per_device_train_batch_size"),
+    "enable_jit_checkpoint": (True, "it saves without agreement between processes and can hang them"),
+    "ignore_data_skip": (True, "a resumed run would see other images than the uninterrupted one"),
+    "save_only_model": (True, "a run could not be resumed; `best/` holds the model alone"),
+    "trust_remote_code": (True, "code from a model repository is never run"),
+    "prediction_loss_only": (True, "there would be no metrics to choose the best model by"),
+    "batch_eval_metrics": (True, "metrics are computed over the whole split, so that they are exact"),
+    "remove_unused_columns": (True, "the data set has no columns to remove"),
+    "eval_on_start": (True, "the first evaluation is at the first `eval_strategy` point"),
+    "logging_nan_inf_filter": (True, "a NaN loss stops the run instead of being averaged away"),
+}
