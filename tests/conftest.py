@@ -157,3 +157,28 @@ def losses(folder: Path) -> dict[int, float]:
 
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "all_results.json").read_text())
+
+
+STEPS = 25  # of 8 images; 5 to an epoch of 37 images, the last filled up
+TOPOLOGIES = {  # launcher, processes, per-device batch, accumulation
+    "one": ("python", 1, 8, 1),
+    "accumulated": ("python", 1, 4, 2),
+    "torchrun": ("torchrun", 2, 4, 1),
+    "accelerate": ("accelerate", 2, 4, 1),
+}
+
+
+@pytest.fixture(scope="session")
+def runs(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run on each topology, launched once for all tests; random crops and flips are on (the default)."""
+    root = tmp_path_factory.mktemp("topologies")
+    for name, (launcher, processes, per_device, accumulation) in TOPOLOGIES.items():
+        done = run(
+            "--data", photos, "--model", checkpoint, "--output_dir", root / name, "--max_steps", STEPS,
+            "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_steps", 10, "--dataloader_num_workers", 1,
+            "--report_to", "wandb", "tensorboard",
+            "--per_device_train_batch_size", per_device, "--gradient_accumulation_steps", accumulation,
+            launcher=launcher, processes=processes, WANDB_MODE="offline",
+        )  # fmt: skip
+        (root / f"{name}.log").write_text(done.stdout + done.stderr)
+    return {name: root / name for name in TOPOLOGIES}

@@ -26,7 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "data.tables": {"errors", "options", "data.columns", "data.cache"},
     "data.index": {"errors", "options", "data.cache"},
     "data.decode": {"errors", "options"},
-    "data.source": {"errors", "options", "data.columns", "data.hub", "data.index", "data.split", "data.tables", "data.cache"},
+    "data.source": {
+        "errors", "options", "data.cache", "data.columns", "data.hub", "data.index", "data.split", "data.tables",
+    },
     "data.split": {"errors", "options"},
     "data.verify": {"errors", "options", "data.cache", "data.decode", "data.split"},
     "data.transforms": {"errors", "options"},

@@ -6,31 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCHERS, losses, results, rows, run
+from conftest import LAUNCHERS, STEPS, TOPOLOGIES, losses, results, rows
 from safetensors.torch import load_file
 from wandb_reader import read_run
-
-STEPS = 25  # of 8 images; 5 to an epoch of 37 images, the last filled up
-TOPOLOGIES = {  # launcher, processes, per-device batch, accumulation
-    "one": ("python", 1, 8, 1),
-    "accumulated": ("python", 1, 4, 2),
-    "torchrun": ("torchrun", 2, 4, 1),
-    "accelerate": ("accelerate", 2, 4, 1),
-}
-
-
-@pytest.fixture(scope="module")
-def runs(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run folder of each topology; random crops and flips are on (the default)."""
-    root = tmp_path_factory.mktemp("topologies")
-    for name, (launcher, processes, per_device, accumulation) in TOPOLOGIES.items():
-        run(
-            "--data", photos, "--model", checkpoint, "--output_dir", root / name, "--max_steps", STEPS,
-            "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_steps", 10, "--dataloader_num_workers", 1,
-            "--per_device_train_batch_size", per_device, "--gradient_accumulation_steps", accumulation,
-            launcher=launcher, processes=processes, WANDB_MODE="offline",
-        )  # fmt: skip
-    return {name: root / name for name in TOPOLOGIES}
 
 
 @pytest.mark.parametrize("name", [name for name in TOPOLOGIES if name != "one"])

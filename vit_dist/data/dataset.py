@@ -31,13 +31,23 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.table["id"]
 
     def __getitem__(self, key: int) -> dict[str, Any]:
-        epoch, index = divmod(key, len(self))
-        row = self.table[index]
-        try:
-            image = decode(row["image"], self.rules)
-        except BadImage as error:
-            raise RuntimeError(f"image {row['id']} (row {index}) does not decode: {error}") from error
-        return {"pixel_values": self.transform(image, epoch, index), "labels": row["label"], "index": index}
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
+        """The items of a batch; PyTorch's loader asks for them together, and upstream's processor is slow per call."""
+        places = [divmod(key, len(self)) for key in keys]
+        rows = self.table[[index for _, index in places]]
+        images = []
+        for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True):
+            try:
+                images.append(decode(image, self.rules))
+            except BadImage as error:
+                raise RuntimeError(f"image {row_id} (row {index}) does not decode: {error}") from error
+        pixels = self.transform(images, places)
+        return [
+            {"pixel_values": values, "labels": label, "index": index}
+            for values, label, (_, index) in zip(pixels, rows["label"], places, strict=True)
+        ]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -62,30 +62,32 @@ def _resized(processor: Any, side: int, name: str) -> Any:
 
 
 class Transform:
-    """PIL image -> float32 tensor (3, side, side), as the model's image processor makes it.
+    """PIL images -> float32 tensor (n, 3, side, side), as the model's image processor makes it.
 
     With `augment`, random crops and flips come first, drawn from `(seed, epoch, index)` alone: the same picture at any
     world size, with any number of workers, and after any restart.
     """
 
-    def __init__(self, processor: Any, options: DataOptions | None = None, seed: int = 0) -> None:
+    def __init__(self, processor: Any, augment: DataOptions | None = None, seed: int = 0) -> None:
         self.processor, self.seed = processor, seed
         self.side = input_size(processor)
-        self.crop = options is not None and options.random_resized_crop
-        self.flip = options is not None and options.horizontal_flip
-        self.min_scale = options.crop_min_scale if options is not None else 1.0
+        self.crop = augment is not None and augment.random_resized_crop
+        self.flip = augment is not None and augment.horizontal_flip
+        self.min_scale = augment.crop_min_scale if augment is not None else 1.0
 
-    def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
-        cropped: dict[str, bool] = {}
+    def __call__(self, images: list[Image.Image], places: list[tuple[int, int]]) -> torch.Tensor:
+        """`places` are the images' (epoch, index)."""
         if self.crop or self.flip:
-            random = np.random.default_rng((self.seed, epoch, index))
-            if self.crop:
-                box = _random_box(random, *image.size, self.min_scale)
-                image = image.resize((self.side, self.side), Image.Resampling(self.processor.resample), box=box)
-                cropped = {"do_resize": False, "do_center_crop": False}
-            if self.flip and random.random() < 0.5:
-                image = ImageOps.mirror(image)
-        return torch.from_numpy(self.processor(image, return_tensors="np", **cropped)["pixel_values"][0])
+            images = [self._augmented(image, *place) for image, place in zip(images, places, strict=True)]
+        cropped = {"do_resize": False, "do_center_crop": False} if self.crop else {}
+        return torch.from_numpy(np.stack(self.processor(images, return_tensors="np", **cropped)["pixel_values"]))
+
+    def _augmented(self, image: Image.Image, epoch: int, index: int) -> Image.Image:
+        random = np.random.default_rng((self.seed, epoch, index))
+        if self.crop:
+            box = _random_box(random, *image.size, self.min_scale)
+            image = image.resize((self.side, self.side), Image.Resampling(self.processor.resample), box=box)
+        return ImageOps.mirror(image) if self.flip and random.random() < 0.5 else image
 
 
 def _random_box(

@@ -1,0 +1,129 @@
+"""What a finished run leaves, read back as a user would. The runs are those of the topologies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import CLASSES, STEPS, TOPOLOGIES, results, rows
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from vit_dist.config import load_config
+
+
+@pytest.fixture(params=["one", "torchrun"])
+def folder(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Path:
+    return runs[request.param]
+
+
+def test_the_files_are_there_and_no_other(folder: Path) -> None:
+    left = {path.name for path in folder.iterdir()}
+    assert left == {
+        "config.yaml", "classes.json", "run.json", "metrics.jsonl", "all_results.json", "predictions.parquet",
+        "status.json", "best", "logs", "wandb", f"checkpoint-{STEPS}", *(p.name for p in folder.glob("checkpoint-*")),
+    }  # fmt: skip
+    assert {path.name for path in (folder / "best").iterdir()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "README.md",
+    }  # fmt: skip
+    assert (folder / "best/model.safetensors").stat().st_mode & 0o777 == (folder / "run.json").stat().st_mode & 0o777
+    assert list((folder / "logs").glob("events.out.tfevents*"))
+
+
+def test_best_loads_with_plain_transformers_and_gives_the_predictions(folder: Path, photos: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(folder / "best").eval()
+    processor = AutoImageProcessor.from_pretrained(folder / "best", backend="pil")
+    table = pq.read_table(folder / "predictions.parquet").to_pylist()
+    assert len(table) == 11 and {row["split"] for row in table} == {"test"}
+    for row in table:
+        path = next(photos.glob(f"**/{row['id']}"))
+        with torch.no_grad():
+            logits = model(**processor(Image.open(path).convert("RGB"), return_tensors="pt")).logits[0]
+        assert row["probabilities"] == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
+        assert row["predicted"] == model.config.id2label[int(logits.argmax())]
+        assert row["label"] == path.parent.name and row["correct"] == (row["label"] == row["predicted"])
+    assert np.mean([row["correct"] for row in table]) == pytest.approx(results(folder)["test_accuracy"])
+
+
+def test_the_class_list_is_one_everywhere(folder: Path) -> None:
+    saved = json.loads((folder / "classes.json").read_text())
+    assert saved["classes"] == list(CLASSES)
+    config = AutoModelForImageClassification.from_pretrained(folder / "best").config
+    assert config.id2label == dict(enumerate(CLASSES))
+    assert json.loads((folder / "run.json").read_text())["data"]["classes"] == saved["sha256"]
+
+
+def test_results_have_upstreams_names(folder: Path) -> None:
+    found = results(folder)
+    assert {
+        "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_accuracy",
+        "eval_loss",
+        "eval_top5_accuracy", "eval_f1_macro", "eval_balanced_accuracy", "eval_samples", "test_accuracy", "test_loss",
+        "test_samples", "world_size", "global_batch_size", "skipped_images", "best_step", "eval_per_class",
+    } <= found.keys()  # fmt: skip
+    assert set(found["test_per_class"]) == set(CLASSES)
+    assert sum(row["support"] for row in found["test_per_class"].values()) == found["test_samples"] == 11
+
+
+def test_the_result_is_that_of_the_best_step(folder: Path) -> None:
+    found = results(folder)
+    curve = {row["step"]: row["eval_accuracy"] for row in rows(folder) if "eval_accuracy" in row}
+    assert found["eval_accuracy"] == max(curve.values()) == curve[found["best_step"]]
+
+
+def test_metrics_are_one_json_object_a_line_in_order(folder: Path) -> None:
+    found = rows(folder)
+    steps = [row["step"] for row in found if "loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= found[0].keys()
+    assert [row["step"] for row in found if "eval_loss" in row] == [10, 20, STEPS]
+    assert [row["step"] for row in found if "test_accuracy" in row] == [STEPS]
+
+
+def test_the_resolved_settings_ask_for_the_same_run(folder: Path) -> None:
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert load_config([str(folder / "config.yaml")]).resolved() == saved
+    assert saved["max_steps"] == STEPS and saved["random_resized_crop"] is True
+
+
+def test_status_is_complete(folder: Path) -> None:
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("complete", STEPS)
+
+
+def test_the_model_card_has_data_recipe_results_and_usage(folder: Path) -> None:
+    card = ModelCard.load(folder / "best" / "README.md")
+    found = results(folder)
+    accuracies = {result.dataset_split: result.metric_value for result in card.data.eval_results}
+    assert accuracies == {"test": found["test_accuracy"], "validation": found["eval_accuracy"]}
+    for text in (
+        "pipeline(",
+        f"{found['test_accuracy']:.4f}",
+        "learning_rate",
+        "`cat`, `dog`, `emu`",
+        "transformers 5",
+    ):
+        assert text in card.text, text
+
+
+def test_rank_0_says_the_plan_and_others_are_silent(runs: dict[str, Path]) -> None:
+    for name, (_, processes, per_device, accumulation) in TOPOLOGIES.items():
+        said = (runs[name].parent / f"{name}.log").read_text()
+        devices = f"{processes} device{'s' if processes > 1 else ''}"
+        assert said.count(f"8 = {per_device} per device x {devices} x {accumulation} accumulation") == 1
+        for part in (
+            "5 per epoch, 25 in all",
+            "learning rate",
+            "classifier.weight",
+            "3 classes",
+            str(runs[name]),
+            "W&B",
+        ):
+            assert part in said, part
+        assert said.count("evaluation: accuracy") == 3
