@@ -47,8 +47,7 @@ def conclude(
 
     def write() -> None:
         report.finish_export(partial)
-        dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
-        report.check_export(partial, dataset, logits, trainer.args.device, dtype)
+        report.check_export(partial, dataset, logits, trainer.args.device, computed_in(trainer))
         report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
         shutil.rmtree(config.output_dir / "best", ignore_errors=True)
         os.replace(partial, config.output_dir / "best")
@@ -60,6 +59,13 @@ def conclude(
         _tell(config, trainer, results, trackers)
     on_main(lambda: run_folder.write_status(config.output_dir, "complete", step=trainer.state.global_step))
     console.say(run_folder.describe(config.output_dir))
+
+
+def computed_in(trainer: ExactTrainer) -> torch.dtype:
+    """The type that autocast multiplies matrices in."""
+    if trainer.args.bf16:
+        return torch.bfloat16
+    return torch.float16 if trainer.args.fp16 and trainer.args.device.type != "cpu" else torch.float32
 
 
 def training_results(trainer: ExactTrainer, trained: dict[str, float]) -> dict[str, float]:
