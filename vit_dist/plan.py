@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def describe(
     devices = f"{args.world_size} x {args.device.type}, {strategy}, {precision}"
     if idle_gpus:
         devices += f"; {idle_gpus} more GPUs are visible and idle: `vit-dist train` uses them all"
+    metrics = ", ".join(["metrics.jsonl", *reporting.lines]) if reporting else ""
     lines = [("vit_dist", f"{__version__}, {config.source}, seed {args.seed}")]
     lines += [("data" if i == 0 else "", line) for i, line in enumerate(data.description)]
     lines += [
@@ -37,9 +39,8 @@ def describe(
         ("batch", batch_arithmetic(trainer)),
         ("steps", f"{batches.steps_per_epoch:,} per epoch, {total_steps(trainer):,} in all"),
         ("rate", learning_rate(trainer)),
-        ("output", f"{config.output_dir}; metrics.jsonl{''.join(', ' + line for line in reporting.lines if reporting)}"
-         if reporting else str(config.output_dir)),
-    ]  # fmt: skip
+        ("output", f"{config.output_dir}; {metrics}"),
+    ]
     lines += [("note", note) for note in attempt.notes]
     if attempt.checkpoint:
         lines.append(("resume", f"from {Path(attempt.checkpoint).name}, attempt {attempt.number}"))
@@ -56,7 +57,7 @@ def batch_arithmetic(trainer: ExactTrainer) -> str:
 
 def total_steps(trainer: ExactTrainer) -> int:
     args = trainer.args
-    return args.max_steps if args.max_steps > 0 else -int(-args.num_train_epochs * trainer.batches.steps_per_epoch // 1)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * trainer.batches.steps_per_epoch)
 
 
 def learning_rate(trainer: ExactTrainer) -> str:

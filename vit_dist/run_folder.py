@@ -50,15 +50,18 @@ class Attempt:
     checkpoint: str | None = None  # to resume from
     wandb_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     finished: str | None = None  # what a complete run has to say, if there is nothing to do
+    replaces: str | None = None  # the earlier run that `--fresh` moves aside
     notes: list[str] = field(default_factory=list)
 
 
 def inspect(config: Config) -> Attempt:
-    """Decide what to do about the run folder, without changing anything in it but for `--fresh`.
+    """Decide what to do about the run folder, without changing anything in it.
 
     Raises UserError if the folder is not a run folder, or holds a run with other settings.
     """
     folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; choose another --output_dir")
     if not folder.exists() or not any(folder.iterdir()):
         return Attempt()
     status, record = read_json(folder / STATUS), read_json(folder / RECORD)
@@ -66,25 +69,22 @@ def inspect(config: Config) -> Attempt:
         raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
     summary = describe(folder)
     if config.run.fresh:
-        aside = _move_aside(folder)
-        return Attempt(notes=[f"--fresh: {summary} moved to {aside}"])
-    complete, checkpoint = status.get("state") == "complete", None
-    notes: list[str] = []
+        _check_aside(folder)
+        return Attempt(replaces=summary)
+    attempt = Attempt(number=record.get("attempts", 0) + 1)
+    complete = status.get("state") == "complete"
     if not complete:
-        checkpoint, notes = _newest_checkpoint(config)
-        if checkpoint is None:  # nothing was saved, so there is nothing that other settings could spoil
-            return Attempt(number=record.get("attempts", 0) + 1, notes=notes)
+        attempt.checkpoint, attempt.notes = _newest_checkpoint(config)
     changed = _changes(folder / CONFIG, config)
-    if changed:
+    if changed and (complete or attempt.checkpoint):
         raise UserError(
             f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same settings to continue it, "
             "another --output_dir for a new run, or --fresh to start over"
         )
-    attempt = Attempt(
-        record.get("attempts", 0) + 1, checkpoint, record.get("wandb_id", Attempt().wandb_id), notes=notes
-    )
+    if not changed:  # else nothing was saved that other settings could spoil: a new run
+        attempt.wandb_id = record.get("wandb_id", attempt.wandb_id)
     if complete:
-        attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {folder}.previous"
+        attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {_aside(folder)}"
     return attempt
 
 
@@ -129,23 +129,26 @@ def failure_recorded(folder: Path) -> Iterator[None]:
 def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: dict[str, Any]) -> None:
     """Write the attempt's settings, class list and record; `facts` are fingerprints and batch arithmetic.
 
-    Raises UserError if the data or the global batch are not those that the run began with.
+    Raises UserError if the data or the global batch are not those that the run began with, or nothing can be written.
     """
     folder = config.output_dir
-    before = read_json(folder / RECORD)
-    if attempt.checkpoint is None:
-        for name in (METRICS, RESULTS):
-            (folder / name).unlink(missing_ok=True)
-    else:
-        for key, now in facts.items():
-            if key in before and before[key] != now and key in PINNED:
-                raise UserError(_fact_message(folder, key, before[key], now))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / CONFIG)
-    write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
-    record = {"attempts": attempt.number, "wandb_id": attempt.wandb_id, **facts}
-    write_json(folder / RECORD, record)
-    write_status(folder, "running", attempt=attempt.number)
+    try:
+        if attempt.replaces:
+            _move_aside(folder)
+            attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {_aside(folder)}")
+        before = read_json(folder / RECORD)
+        changed = [key for key in PINNED if key in before and before[key] != facts[key]]
+        if changed and attempt.checkpoint:
+            raise UserError(_fact_message(folder, changed[0], before[changed[0]], facts[changed[0]]))
+        if changed or before.get("wandb_id") != attempt.wandb_id:  # not a continuation
+            (folder / METRICS).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(config, folder / CONFIG)
+        write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
+        write_json(folder / RECORD, {"attempts": attempt.number, "wandb_id": attempt.wandb_id, **facts})
+        write_status(folder, "running", attempt=attempt.number)
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error}") from None
 
 
 def _fact_message(folder: Path, key: str, before: Any, now: Any) -> str:
@@ -213,15 +216,20 @@ def git_commit() -> str | None:
     return head.stdout.strip() + ("+" if dirty else "")
 
 
-def _move_aside(folder: Path) -> Path:
-    """Rename the folder to <folder>.previous, in place of an older one that was a run too."""
-    aside = folder.with_name(folder.name + ".previous")
-    if aside.exists():
-        if not (aside / STATUS).exists():
-            raise UserError(f"--fresh: {aside} is in the way and not a run folder; move it elsewhere")
-        shutil.rmtree(aside)
-    folder.rename(aside)
-    return aside
+def _aside(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".previous")
+
+
+def _check_aside(folder: Path) -> None:
+    if _aside(folder).exists() and not (_aside(folder) / STATUS).exists():
+        raise UserError(f"--fresh: {_aside(folder)} is in the way and not a run folder; move it elsewhere")
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename the folder to <folder>.previous, in place of an older run there."""
+    _check_aside(folder)
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+    folder.rename(_aside(folder))
 
 
 def _newest_checkpoint(config: Config) -> tuple[str | None, list[str]]:

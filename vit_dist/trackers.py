@@ -40,7 +40,8 @@ def open_trackers(config: Config, attempt: Attempt, facts: dict[str, Any], train
         )
         lines.append(wandb.open())
     else:
-        lines.append("W&B: off")
+        asked = config.training["report_to"] is not None
+        lines.append("W&B off" if asked else "W&B off (not logged in: `wandb login`, or --report_to wandb)")
     for callback in (metrics_file, Progress(trainer.batches.global_batch), wandb):
         if callback is not None:
             trainer.add_callback(callback)
