@@ -13,8 +13,12 @@ ARGS = [
     "--max_steps", 60, "--learning_rate", "3e-3", "--logging_steps", 1, "--save_steps", 7, "--save_total_limit", 20,
     "--per_device_train_batch_size", 8, "--report_to", "none", "--lr_scheduler_type", "cosine",
 ]  # fmt: skip
-# Checkpoint 14 lies within the third epoch of 5 steps (3 of them for two processes).
-CASES = {"one": ("python", 1), "two": ("torchrun", 2)}
+# Checkpoint 14 lies within the third epoch: 5 steps for one process, 3 for two and with accumulation.
+CASES = {
+    "one": ("python", 1, []),
+    "bf16": ("python", 1, ["--bf16", "--gradient_accumulation_steps", 2]),
+    "two": ("torchrun", 2, []),
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -22,9 +26,9 @@ def pair(
     request: pytest.FixtureRequest, photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """(undisturbed, killed and resumed): augmentation and dropout on."""
-    launcher, processes = CASES[request.param]
+    launcher, processes, more = CASES[request.param]
     root = tmp_path_factory.mktemp(f"resume_{request.param}")
-    args = ["--data", photos, "--model", dropout_checkpoint, *ARGS]
+    args = ["--data", photos, "--model", dropout_checkpoint, *ARGS, *more]
     run(*args, "--output_dir", root / "whole", launcher=launcher, processes=processes)
     run_until_step(17, root / "killed", *args, launcher=launcher, processes=processes)
     assert json.loads((root / "killed" / "status.json").read_text())["state"] == "running"
@@ -59,12 +63,10 @@ def test_results_are_the_same(pair: tuple[Path, Path]) -> None:
         assert one[key] == pytest.approx(other[key], rel=1e-12), key
 
 
-def test_a_finished_run_says_so_and_exits_0(pair: tuple[Path, Path], photos: Path, dropout_checkpoint: Path) -> None:
+def test_a_finished_run_says_so_and_exits_0(pair: tuple[Path, Path]) -> None:
     folder = pair[0]
     before = (folder / "all_results.json").stat().st_mtime_ns
-    args = ["--data", photos, "--model", dropout_checkpoint, *ARGS, "--output_dir", folder]
-    processes = results(folder)["world_size"]
-    again = run(*args, launcher="torchrun" if processes > 1 else "python", processes=processes)
+    again = run(folder / "config.yaml", "--output_dir", folder)  # its settings as a recipe, on one process
     assert "complete" in again.stdout and "Nothing to do" in again.stdout
     assert f"{results(folder)['test_accuracy']:.4f}" in again.stdout
     assert (folder / "all_results.json").stat().st_mtime_ns == before

@@ -147,6 +147,7 @@ def _parser() -> _Parser:
         epilog="Secrets (Weights & Biases key, hub token) come from the environment or the usual credential files "
         "only: WANDB_API_KEY or `wandb login`, HF_TOKEN or `hf auth login`.",
         allow_abbrev=False,
+        conflict_handler="resolve",  # older releases in our range still have fields that we took over (logging_dir)
         formatter_class=_HelpFormatter,
         usage="vit-dist train [RECIPE] [--flag value ...]",
     )

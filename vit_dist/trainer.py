@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vit_dist.callbacks.reproducible import LogBeforeSave, StepSeeds
@@ -39,7 +41,9 @@ def build_arguments(config: Config) -> TrainingArguments:
     settings["disable_tqdm"] = True  # our own progress callback shows bars on a terminal
     settings["restore_callback_states_from_checkpoint"] = False
     if "tensorboard" in settings["report_to"]:
-        # upstream dropped `logging_dir`; this variable is what it reads now
+        # upstream dropped `logging_dir` (after 5.10); this variable is what it reads now
+        if "logging_dir" in settings:
+            settings["logging_dir"] = str(config.logging_dir)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.logging_dir)
     try:
         return TrainingArguments(**settings)
@@ -48,14 +52,22 @@ def build_arguments(config: Config) -> TrainingArguments:
 
 
 def reporters(config: Config) -> list[str]:
-    """`--report_to` as a list; empty if it was not given (then Weights & Biases is used if the user is logged in)."""
+    """`--report_to` as a list; empty if it was not given (then Weights & Biases is used if the user is logged in).
+
+    Raises UserError for one that there is not, or that is not installed.
+    """
     asked = config.training["report_to"]
     names = [asked] if isinstance(asked, str) else list(asked or [])
-    if "all" in names:
-        from transformers.integrations import get_available_reporting_integrations
-
-        names = get_available_reporting_integrations()
-    return [name for name in names if name != "none"]
+    available = get_available_reporting_integrations()
+    names = available if "all" in names else [name for name in names if name != "none"]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise UserError(f"report_to {name}: there is no such tracker; {hint}")
+        if name not in available:
+            raise UserError(f"report_to {name}: not installed; pip install {name}")
+    return names
 
 
 def _spare_cores() -> int:
