@@ -71,6 +71,9 @@ def test_values_in_a_recipe_are_checked_as_flags_are(recipe) -> None:
         ("a: [", r"is not valid YAML"),
         ("hub_token: hf_secret", r":1: hub_token: secrets are not taken"),
         ("help: true", r"unknown key 'help'"),
+        ("learning_rate:", r":1: learning_rate needs a value"),
+        ("max_steps: !!int two", r":1: max_steps: invalid int value: 'two'"),
+        ("seed: {a: 1}", r":1: seed"),
     ],
 )  # fmt: skip
 def test_a_bad_recipe_is_one_line_with_file_and_line(recipe, text: str, message: str) -> None:
@@ -91,6 +94,11 @@ def test_a_bad_recipe_is_one_line_with_file_and_line(recipe, text: str, message:
         (["cifar"], "did you mean cifar10"),
         (["nowhere.yaml"], "no recipe nowhere.yaml"),
         (["--train_val_split", "1.5"], "train_val_split=1.5"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0: give a number from 0"),
+        (["--learning_rate", "nan"], "learning_rate=nan"),
+        (["--num_train_epochs", "inf"], "num_train_epochs=inf"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--max_steps", "0"], "max_steps=0: give at least 1"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
         (["--num_train_epochs", "0"], "num_train_epochs=0"),
         (["--crop_min_scale", "0"], "crop_min_scale=0"),
@@ -123,6 +131,18 @@ def test_evaluating_and_saving_go_together() -> None:
     assert strategies("--save_steps", "9") == ("steps", "steps", 9, 9)
     assert strategies("--save_steps", "9", "--eval_steps", "3") == ("steps", "steps", 9, 3)
     assert strategies("--eval_strategy", "no", "--save_strategy", "epoch")[:2] == ("no", "epoch")
+    assert strategies("--save_strategy", "best")[:2] == ("epoch", "best")
+    assert strategies("--save_strategy", "no")[:2] == ("epoch", "no")
+    assert not load_config(["--save_strategy", "no"]).training["load_best_model_at_end"]
+
+
+def test_text_in_a_recipe_is_taken_as_it_stands(recipe) -> None:
+    config = load_config(
+        [recipe("run_name: 0123\ndata_revision: 1.10\neval_strategy: no\nlr_scheduler_kwargs: {a: 1e-6}\n")]
+    )
+    assert (config.training["run_name"], config.data.data_revision) == ("0123", "1.10")
+    assert config.training["eval_strategy"] == "no"
+    assert config.training["lr_scheduler_kwargs"] == '{"a": 1e-06}'
 
 
 def test_the_resolved_settings_are_a_recipe_for_the_same_run(tmp_path: Path) -> None:
@@ -135,7 +155,7 @@ def test_the_resolved_settings_are_a_recipe_for_the_same_run(tmp_path: Path) -> 
 def test_every_upstream_field_is_a_key_and_every_option_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     resolved = load_config([]).resolved()
     upstream = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - set(SECRET_KEYS)
-    assert upstream <= resolved.keys()
+    assert upstream - {"resume_from_checkpoint"} <= resolved.keys()
     for part in (DataOptions, ModelOptions, RunOptions):
         for field in dataclasses.fields(part):
             assert field.metadata["help"], field.name

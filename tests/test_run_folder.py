@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, step: int) -> Path:
     path.mkdir()
     save_file({"w": torch.ones(3)}, path / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt"):
-        (path / name).write_bytes(b"x")
+        torch.save({}, path / name)
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
 
@@ -80,8 +80,9 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
     for step in (9, 10, 20, 100):
         save_checkpoint(tmp_path / "run", step)
     (tmp_path / "run/checkpoint-100/optimizer.pt").write_bytes(b"")
-    weights = tmp_path / "run/checkpoint-20/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    for name in ("checkpoint-20/model.safetensors", "checkpoint-20/optimizer.pt"):
+        whole = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).write_bytes(whole[: len(whole) // 2])
     attempt = run_folder.inspect(config(tmp_path / "run"))
     assert attempt.checkpoint == str(tmp_path / "run/checkpoint-10")
     assert "no optimizer.pt" in attempt.notes[0] and "checkpoint-20 is not whole" in attempt.notes[1]
@@ -147,18 +148,34 @@ def test_a_finished_run_has_nothing_to_do_and_fresh_moves_it_aside(tmp_path: Pat
     run_folder.open_attempt(config(folder, "--fresh", "--seed", "7"), replacing, ["a", "b"], FACTS)
     assert json.loads((tmp_path / "run.previous/all_results.json").read_text())["test_accuracy"] == 0.25
     assert not (folder / "all_results.json").exists() and "test accuracy 0.2500" in replacing.notes[0]
-    complete(folder)
     begin(folder, "--fresh")
-    assert "seed: 7" in (tmp_path / "run.previous/config.yaml").read_text(), "one generation is kept"
+    assert (tmp_path / "run.previous/all_results.json").exists(), (
+        "a finished run is not overwritten by one that was not"
+    )
+    assert "seed: 7" in (tmp_path / "run.previous-2/config.yaml").read_text()
+    assert "fresh" not in (folder / "config.yaml").read_text(), "the settings as a recipe do not start over"
 
 
-def test_fresh_does_not_delete_what_is_not_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["status.json", "config.yaml"])
+def test_killed_while_the_first_files_were_written(tmp_path: Path, left: str) -> None:
     begin(tmp_path / "run")
-    (tmp_path / "run.previous").mkdir()
-    (tmp_path / "run.previous/thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="in the way"):
-        run_folder.inspect(config(tmp_path / "run", "--fresh"))
-    assert (tmp_path / "run.previous/thesis.txt").exists()
+    for path in (tmp_path / "run").iterdir():
+        if path.name != left:
+            path.unlink()
+    begin(tmp_path / "run")
+    save_checkpoint(tmp_path / "run", 5)
+    (tmp_path / "run/config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        begin(tmp_path / "run")
+
+
+def test_another_runs_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a checkpoint of the run"):
+        begin(tmp_path / "run", "--resume_from_checkpoint", str(tmp_path / "other/checkpoint-5"))
+    begin(tmp_path / "run")
+    save_checkpoint(tmp_path / "run", 5)
+    save_checkpoint(tmp_path / "run", 9)
+    assert begin(tmp_path / "run", "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-5")).checkpoint
 
 
 def test_a_file_or_someone_elses_folder_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vit_dist.errors import UserError
 from vit_dist.options import (
+    RANGES,
     REFUSED,
     RENAMED,
     SECRET_KEYS,
@@ -62,8 +64,11 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """Every setting under its flag's name, without secrets: a recipe that asks for the same run."""
         ours = {k: v for part in (self.data, self.model, self.run) for k, v in dataclasses.asdict(part).items()}
-        theirs = {k: v for k, v in self.training.items() if k not in SECRET_KEYS}
-        return {k: v.value if isinstance(v, enum.Enum) else v for k, v in {**ours, **theirs}.items()}
+        return {
+            key: value.value if isinstance(value, enum.Enum) else value
+            for key, value in {**ours, **self.training}.items()
+            if key not in SECRET_KEYS and key not in ("fresh", "resume_from_checkpoint")  # of one start, not of the run
+        }
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -188,7 +193,7 @@ def _find_recipe(recipe: str) -> Path:
 def _read_recipe(path: Path, parser: _Parser) -> dict[str, Any]:
     """Check every key and value of a recipe as the flag of that name would be; errors carry file and line."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
@@ -196,7 +201,6 @@ def _read_recipe(path: Path, parser: _Parser) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: a recipe is a list of `key: value` lines")
     actions = {action.dest: action for action in parser._actions if action.option_strings and action.nargs != 0}
-    loader = yaml.SafeLoader("")
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
@@ -205,28 +209,44 @@ def _read_recipe(path: Path, parser: _Parser) -> dict[str, Any]:
             raise UserError(_unknown_message(f"{where}: unknown key {key!r}", key, parser))
         if key in values:
             raise UserError(f"{where}: {key} is given twice")
-        values[key] = _check(parser, actions[key], loader.construct_object(value_node, deep=True), where)
+        values[key] = _check(parser, actions[key], value_node, where)
     return values
 
 
-def _check(parser: _Parser, action: argparse.Action, value: Any, where: str) -> Any:
-    """Convert one YAML value with the type and choices of its flag."""
-    if value is None:
+def _check(parser: _Parser, action: argparse.Action, node: yaml.Node, where: str) -> Any:
+    """Convert one YAML value with the type and choices of its flag, from the very text that the flag would get."""
+    if node.tag == "tag:yaml.org,2002:null":
+        if action.default is not None:
+            raise UserError(f"{where}: {action.dest} needs a value")
         return None
-    if isinstance(value, dict):
-        value = json.dumps(value)  # upstream takes JSON for its dictionaries
-    many = isinstance(value, list)
-    if action.nargs == "+" and not many:
-        value, many = [value], True
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     try:
-        items = [parser._get_value(action, str(item)) for item in (value if many else [value])]
+        items = [parser._get_value(action, _text(item)) for item in nodes]
         for item in items:
             parser._check_value(action, item)
     except argparse.ArgumentError as error:
         raise UserError(f"{where}: {action.dest}: {error.message}") from None
-    if many and action.nargs != "+":
+    if action.nargs == "+":
+        return items
+    if isinstance(node, yaml.SequenceNode):
         raise UserError(f"{where}: {action.dest} takes one value, not a list")
-    return items if many else items[0]
+    return items[0]
+
+
+def _text(node: yaml.Node) -> str:
+    """What stands in the file; upstream takes JSON for its dictionaries."""
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    return json.dumps(_Loader("").construct_object(node, deep=True))
+
+
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 has it, `1e-3` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _unknown_message(what: str, key: str, parser: _Parser, prefix: str = "") -> str:
@@ -251,15 +271,12 @@ def _refuse_values(settings: dict[str, Any]) -> None:
     for key, (value, reason) in REFUSED.items():
         if settings.get(key) == value:
             raise UserError(f"{key}={value} is not supported: {reason}")
-    if not 0 < settings["train_val_split"] < 1:
-        raise UserError(f"train_val_split={settings['train_val_split']}: give a share between 0 and 1, such as 0.1")
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if settings[key] < 1:
-            raise UserError(f"{key}={settings[key]}: give at least 1")
-    if settings["max_steps"] <= 0 and settings["num_train_epochs"] <= 0:
-        raise UserError(f"num_train_epochs={settings['num_train_epochs']}: give more than 0, or --max_steps")
-    if not 0 < settings["crop_min_scale"] <= 1:
-        raise UserError(f"crop_min_scale={settings['crop_min_scale']}: give a share of the area, above 0 and up to 1")
+    for key, (least, most) in RANGES.items():
+        value = settings[key]
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{key}={value}: give a number from {least:g} to {most:g}")
+    if settings["max_steps"] != -1 and settings["max_steps"] < 1:
+        raise UserError(f"max_steps={settings['max_steps']}: give at least 1, or leave it out to train whole epochs")
 
 
 def _follow_strategies(settings: dict[str, Any], given: set[str]) -> None:
@@ -268,10 +285,13 @@ def _follow_strategies(settings: dict[str, Any], given: set[str]) -> None:
         if f"{one}_strategy" not in given and f"{one}_steps" in given:
             settings[f"{one}_strategy"] = "steps"
             given.add(f"{one}_strategy")
-        if f"{one}_strategy" in given and f"{other}_strategy" not in given and f"{other}_steps" not in given:
+        follows = settings[f"{one}_strategy"] in ("steps", "epoch")
+        if follows and f"{one}_strategy" in given and not given & {f"{other}_strategy", f"{other}_steps"}:
             settings[f"{other}_strategy"] = settings[f"{one}_strategy"]
             if f"{one}_steps" in given:
                 settings[f"{other}_steps"] = settings[f"{one}_steps"]
+    if "no" in (settings["eval_strategy"], settings["save_strategy"]) and "load_best_model_at_end" not in given:
+        settings["load_best_model_at_end"] = False
 
 
 def _part(cls: type, settings: dict[str, Any]) -> Any:

@@ -42,7 +42,8 @@ def build_model(
             before = model.config.image_size
             model, changed = _interpolated(model, input_size)
             notes += [f"interpolated from {before} to {input_size} px: {_listed(changed)}"] if changed else []
-    _check_forward(model, options.model, input_size, len(classes))
+    unused = _check_forward(model, options.model, input_size, len(classes))
+    notes += [f"not trained, the logits do not depend on them: {_listed(unused)}"] if unused else []
     size = sum(parameter.numel() for parameter in model.parameters())
     name = options.model + (f"@{revision[:12]}" if revision else "")
     return BuiltModel(model, f"{name}, {size / 1e6:.1f} M parameters, {input_size} px; {'; '.join(notes)}", revision)
@@ -162,7 +163,10 @@ def _interpolated(model: PreTrainedModel, input_size: int) -> tuple[PreTrainedMo
     """The same model for another input size: positions interpolated (bicubic) and named, the rest as it was."""
     config = copy.deepcopy(model.config)
     config.image_size = input_size
-    resized = type(model)(config)
+    try:
+        resized = type(model)(config)
+    except Exception as error:
+        raise UserError(f"image_size={input_size} does not suit this model: {str(error).splitlines()[0]}") from error
     wanted = resized.state_dict()
     state = model.state_dict()
     changed = [name for name, value in state.items() if value.shape != wanted[name].shape]
@@ -200,11 +204,14 @@ def _resize_grid(table: torch.Tensor, old: int, new: int) -> torch.Tensor:
     return F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False).reshape(table.shape[1], -1).T
 
 
-def _check_forward(model: PreTrainedModel, name: str, input_size: int, num_classes: int) -> None:
-    """One image through the model, so that a size it cannot take is an error now and not at the first step."""
+def _check_forward(model: PreTrainedModel, name: str, input_size: int, num_classes: int) -> list[str]:
+    """One image through the model and back, so that a size it cannot take is an error now and not at the first step.
+
+    Parameters that get no gradient (a mask token, an unused pooler) are frozen and named: DistributedDataParallel
+    would wait for their gradients for ever, or has to search for them at every step.
+    """
     try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(1, 3, input_size, input_size)).logits
+        logits = model.eval()(torch.zeros(1, 3, input_size, input_size)).logits
     except Exception as error:
         raise UserError(
             f"model {name} does not take {input_size} x {input_size} images: {str(error).splitlines()[0]}; "
@@ -212,3 +219,9 @@ def _check_forward(model: PreTrainedModel, name: str, input_size: int, num_class
         ) from error
     if logits.shape != (1, num_classes):
         raise UserError(f"model {name} yields logits {tuple(logits.shape)}, not (1, {num_classes})")
+    logits.sum().backward()
+    unused = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    for key in unused:
+        model.get_parameter(key).requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    return unused

@@ -159,8 +159,32 @@ REFUSED = {
     "save_only_model": (True, "a run could not be resumed; `best/` holds the model alone"),
     "trust_remote_code": (True, "code from a model repository is never run"),
     "prediction_loss_only": (True, "there would be no metrics to choose the best model by"),
+    "bf16_full_eval": (True, "the saved weights would not be those that were evaluated; --bf16 evaluates in bf16 too"),
+    "fp16_full_eval": (True, "the saved weights would not be those that were evaluated"),
     "batch_eval_metrics": (True, "metrics are computed over the whole split, so that they are exact"),
     "remove_unused_columns": (True, "the data set has no columns to remove"),
     "eval_on_start": (True, "the first evaluation is at the first `eval_strategy` point"),
     "logging_nan_inf_filter": (True, "a NaN loss stops the run instead of being averaged away"),
+}
+
+# Numbers that upstream or PyTorch would only stumble over later: key -> (least, most), both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "train_val_split": (1e-9, 1 - 1e-9),
+    "crop_min_scale": (1e-9, 1),
+    "max_bad_fraction": (0, 1),
+    "per_device_train_batch_size": (1, 1e9),
+    "per_device_eval_batch_size": (1, 1e9),
+    "gradient_accumulation_steps": (1, 1e9),
+    "num_train_epochs": (1e-9, 1e9),
+    "learning_rate": (0, 1e30),
+    "weight_decay": (0, 1e9),
+    "max_grad_norm": (0, 1e30),
+    "label_smoothing_factor": (0, 1),
+    "adam_beta1": (0, 1 - 1e-9),
+    "adam_beta2": (0, 1 - 1e-9),
+    "adam_epsilon": (0, 1),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "dataloader_num_workers": (0, 4096),
+    "save_total_limit": (1, 1e9),
 }

@@ -110,6 +110,9 @@ def write_model_card(
         base=base if on_hub or base == "tiny" else Path(base).name,
         data="\n".join(f"- {line}" for line in description),
         classes=", ".join(f"`{name}`" for name in classes[:50]) + (" and more" if len(classes) > 50 else ""),
+        which=f"The best of {results['train_steps']:,} steps by the validation split, step {results['best_step']:,}."
+        if "best_step" in results
+        else f"The model after step {results['train_steps']:,}, the last.",
         header=" | ".join(CARD_METRICS),
         rule="|---" * (2 + len(CARD_METRICS)) + "|",
         numbers="\n".join(_card_row(split, results) for split in splits),
@@ -160,7 +163,7 @@ classify("photo.jpg")
 
 ## Results
 
-The best model by the validation split; the test split, where there is one, was evaluated once, at the end.
+{which} The test split, where there is one, was evaluated once, at the end.
 
 | split | images | {header} |
 {rule}

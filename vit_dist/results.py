@@ -78,14 +78,15 @@ def training_results(trainer: ExactTrainer, trained: dict[str, float]) -> dict[s
     results = {
         "epoch": trainer.state.epoch or 0.0,
         "train_steps": trainer.state.global_step,
-        "train_loss": total / max(before, 1),
         "train_runtime": seconds,
         "train_samples": len(trainer.train_dataset),  # type: ignore[arg-type]
     }
+    if before:
+        results["train_loss"] = total / before
     if steps:
         results["train_steps_per_second"] = steps / seconds
         results["train_samples_per_second"] = steps * trainer.batches.global_batch / seconds
-    if trainer.state.best_global_step:
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
         results["best_step"] = trainer.state.best_global_step
     return results
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -62,14 +63,14 @@ def inspect(config: Config) -> Attempt:
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another --output_dir")
+    _check_asked_checkpoint(config)
     if not folder.exists() or not any(folder.iterdir()):
         return Attempt()
     status, record = read_json(folder / STATUS), read_json(folder / RECORD)
-    if not (folder / STATUS).exists():
+    if not any((folder / name).exists() for name in (STATUS, RECORD, CONFIG)):
         raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
     summary = describe(folder)
     if config.run.fresh:
-        _check_aside(folder)
         return Attempt(replaces=summary)
     attempt = Attempt(number=record.get("attempts", 0) + 1)
     complete = status.get("state") == "complete"
@@ -134,8 +135,9 @@ def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: di
     folder = config.output_dir
     try:
         if attempt.replaces:
-            _move_aside(folder)
-            attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {_aside(folder)}")
+            aside = _aside(folder)
+            folder.rename(aside)
+            attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}")
         before = read_json(folder / RECORD)
         changed = [key for key in PINNED if key in before and before[key] != facts[key]]
         if changed and attempt.checkpoint:
@@ -143,10 +145,11 @@ def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: di
         if changed or before.get("wandb_id") != attempt.wandb_id:  # not a continuation
             (folder / METRICS).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, folder / CONFIG)
+        write_status(folder, "running", attempt=attempt.number)  # first: it marks the folder as a run's
+        with replacing(folder / CONFIG) as partial:
+            write_config(config, partial)
         write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
         write_json(folder / RECORD, {"attempts": attempt.number, "wandb_id": attempt.wandb_id, **facts})
-        write_status(folder, "running", attempt=attempt.number)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
 
@@ -176,10 +179,19 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
     write_json(folder / STATUS, {**facts, **details})
 
 
-def write_json(path: Path, value: Any) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` in one step, once it is whole and on the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    yield partial
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -217,19 +229,18 @@ def git_commit() -> str | None:
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".previous")
+    """<folder>.previous, or the first of <folder>.previous-2, -3, ... that is free: nothing is ever overwritten."""
+    first = folder.resolve().with_name(folder.resolve().name + ".previous")
+    return next(p for n in itertools.count(1) if not (p := first if n == 1 else Path(f"{first}-{n}")).exists())
 
 
-def _check_aside(folder: Path) -> None:
-    if _aside(folder).exists() and not (_aside(folder) / STATUS).exists():
-        raise UserError(f"--fresh: {_aside(folder)} is in the way and not a run folder; move it elsewhere")
-
-
-def _move_aside(folder: Path) -> None:
-    """Rename the folder to <folder>.previous, in place of an older run there."""
-    _check_aside(folder)
-    shutil.rmtree(_aside(folder), ignore_errors=True)
-    folder.rename(_aside(folder))
+def _check_asked_checkpoint(config: Config) -> None:
+    asked = config.training["resume_from_checkpoint"]
+    if asked and Path(asked).resolve().parent != config.output_dir.resolve():
+        raise UserError(
+            f"resume_from_checkpoint={asked} is not a checkpoint of the run in {config.output_dir}; to train on from "
+            f"another run's weights, start a new run with --model {asked}"
+        )
 
 
 def _newest_checkpoint(config: Config) -> tuple[str | None, list[str]]:
@@ -259,6 +270,8 @@ def _damage(checkpoint: Path) -> str | None:
     for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
         if not (checkpoint / name).is_file() or not (checkpoint / name).stat().st_size:
             return f"no {name}"
+        if name.endswith(".pt") and not zipfile.is_zipfile(checkpoint / name):  # torch.save writes zip archives
+            return f"{name} was cut short"
     if not read_json(checkpoint / "trainer_state.json"):
         return "trainer_state.json was cut short"
     weights = sorted(checkpoint.glob("*.safetensors"))
@@ -272,7 +285,13 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _changes(path: Path, config: Config) -> list[str]:
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Settings that differ from those in a run's config.yaml, where that matters."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        return [f"{path} cannot be read"]
     now = config.resolved()
     return [
         f"{key} {before[key]!r} -> {now[key]!r}"

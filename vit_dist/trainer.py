@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from vit_dist.callbacks.reproducible import LogBeforeSave, StepSeeds
+from vit_dist.callbacks.reproducible import LogBeforeSave, StepSeeds, StopAtEnd
 from vit_dist.config import Config
 from vit_dist.data.dataset import collate
 from vit_dist.data.pipeline import ImageData
@@ -40,6 +43,8 @@ def build_arguments(config: Config) -> TrainingArguments:
     settings["report_to"] = [name for name in reporters(config) if name != "wandb"] or "none"
     settings["disable_tqdm"] = True  # our own progress callback shows bars on a terminal
     settings["restore_callback_states_from_checkpoint"] = False
+    if str(settings["lr_scheduler_type"]).endswith("reduce_lr_on_plateau"):
+        settings["lr_scheduler_kwargs"] = _plateau_settings(settings)
     if "tensorboard" in settings["report_to"]:
         # upstream dropped `logging_dir` (after 5.10); this variable is what it reads now
         if "logging_dir" in settings:
@@ -49,6 +54,17 @@ def build_arguments(config: Config) -> TrainingArguments:
         return TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training arguments: {' '.join(str(error).split())}") from None
+
+
+def _plateau_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """PyTorch's scheduler waits for a metric to fall; ours (accuracy) is to rise."""
+    metric, greater = str(settings["metric_for_best_model"]), settings["greater_is_better"]
+    rises = not metric.endswith("loss") if greater is None else greater
+    try:
+        given = json.loads(settings["lr_scheduler_kwargs"] or "{}")
+    except ValueError:
+        raise UserError(f"lr_scheduler_kwargs={settings['lr_scheduler_kwargs']}: not JSON") from None
+    return {"mode": "max" if rises else "min", **given}
 
 
 def reporters(config: Config) -> list[str]:
@@ -100,7 +116,8 @@ def build_trainer(
     metrics: ClassificationMetrics,
 ) -> ExactTrainer:
     batches = build_batches(config, args, len(data.train))
-    trainer = ExactTrainer(
+    make = functools.partial(
+        ExactTrainer,
         batches=batches,
         model=model,
         args=args,
@@ -109,8 +126,15 @@ def build_trainer(
         processing_class=data.processor,
         data_collator=collate,
         compute_metrics=metrics,
-        callbacks=[StepSeeds(batches), LogBeforeSave()],
+        callbacks=[StepSeeds(batches), LogBeforeSave(), StopAtEnd()],
     )
+    try:
+        trainer = make()
+        # Made once in advance and dropped: what they do not take should be told before anything is written.
+        trainer.create_optimizer_and_scheduler(1000)
+    except (ValueError, TypeError, ImportError, AssertionError, OSError, KeyError) as error:
+        raise UserError(f"training arguments: {' '.join(str(error).split())}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
     for upstream in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(upstream)
     return trainer
@@ -136,6 +160,7 @@ class ExactTrainer(Trainer):
         # The loss is the mean over the micro-batch, and all micro-batches have the same size: upstream then divides
         # by the accumulation and needs no count of labels over all ranks, which costs a collective per step.
         self.model_accepts_loss_kwargs = False
+        self._best_loaded = False
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # (index, loss) of each image since the last step
 
     @property
@@ -156,6 +181,23 @@ class ExactTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """No batch after the last step (see `StopAtEnd`)."""
+        done = self.state.global_step >= self.state.max_steps
+        return super().get_batch_samples(epoch_iterator, 0 if done else num_batches, device)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; the best model is loaded also where the run folder was moved since it was saved."""
+        output = super().train(*args, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_global_step and not self._best_loaded:
+            self.state.best_model_checkpoint = str(self._best_checkpoint)
+            self._load_best_model()
+        return output
+
+    @property
+    def _best_checkpoint(self) -> Path:
+        return Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -209,6 +251,9 @@ class ExactTrainer(Trainer):
         labels, index = prediction.label_ids  # type: ignore[misc]
         if not np.array_equal(index, np.arange(len(index))):
             raise RuntimeError(f"evaluation did not see every image once: {len(index)} rows, {len(set(index))} images")
+        bad = np.flatnonzero(~np.isfinite(prediction.predictions).all(axis=1))
+        if len(bad):
+            raise UserError(f"the model's outputs are NaN or infinite for {len(bad)} of {len(index)} evaluated images")
         return self._compute_metrics(EvalPrediction(predictions=prediction.predictions, label_ids=labels))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -228,5 +273,16 @@ class ExactTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
-            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
-            reload_strictly(self.accelerator.unwrap_model(self.model), best)
+            reload_strictly(self.accelerator.unwrap_model(self.model), self._best_checkpoint)
+        self._best_loaded = True
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called between clipping and the optimizer step; the norm is the same on every rank."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With fp16 the scaler skips such a step by itself and lowers its scale.
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            raise UserError(
+                f"the gradient is NaN or infinite at step {self.state.global_step + 1}, before the optimizer step, "
+                "though the loss is finite. Lower --learning_rate or --max_grad_norm"
+            )
+        return norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -41,14 +42,18 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short by a crash is taken off the file."""
+    """The rows of a metrics file; a last line cut short by a crash is taken off the file, garbage is passed over."""
     if not path.exists():
         return []
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)
-    return [json.loads(line) for line in data[:whole].splitlines()]
+    rows = []
+    for line in data[:whole].splitlines():
+        with contextlib.suppress(ValueError):  # blocks of zeros after a power cut
+            rows.append(json.loads(line))
+    return rows
 
 
 def last_steps(path: Path) -> dict[str, int]:

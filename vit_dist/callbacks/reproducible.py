@@ -36,10 +36,35 @@ class LogBeforeSave(TrainerCallback):
     """Every rank: a checkpoint closes the logging window, so that a resumed run logs the same losses.
 
     The running sum of losses is not in a checkpoint; without this, the first row after a restart would be the mean
-    over fewer steps than in an uninterrupted run. Must come after upstream's flow callback, which decides to save.
+    over fewer steps than in an uninterrupted run. The last step closes
+    it too. Must come after upstream's flow callback, which decides to save.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log = control.should_log or control.should_save
+        saves = control.should_save or (control.should_evaluate and args.save_strategy == "best")  # decided later
+        control.should_log = control.should_log or saves or state.global_step >= state.max_steps
 
     on_epoch_end = on_step_end
+
+
+class StopAtEnd(TrainerCallback):
+    """Every rank: a run that was stopped after its last step and goes on trains no further step.
+
+    Upstream looks at `max_steps` only after a step, so that one that ends within an epoch would get one more at every
+    restart; `ExactTrainer.get_batch_samples` holds back the batch.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._done = state.global_step >= state.max_steps
+        control.should_training_stop = control.should_training_stop or self._done
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._done:  # the attempt that trained the last step has logged, evaluated and saved it
+            control.should_log = control.should_evaluate = control.should_save = False

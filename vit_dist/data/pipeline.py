@@ -77,6 +77,7 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
             "validation_indices": split_hash,
             "classes": classes_hash(classes),
             "revision": source.revision,
+            "processor": hashlib.sha256(processor.to_json_string().encode()).hexdigest(),
         },
         skipped,
         plain.side,
