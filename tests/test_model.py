@@ -206,3 +206,15 @@ def test_tiny_needs_no_download() -> None:
     built = build_model(options, CLASSES, input_size(load_processor(options)), seed=0)
     assert built.model.num_labels == 3
     assert "random weights" in built.description
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_trained_parameter_gets_a_gradient(saved: dict[str, Path], family: str) -> None:
+    """DistributedDataParallel does not search for unused ones, and would wait for them."""
+    built = build(saved[family], CLASSES)
+    built.model.train()(torch.ones(2, 3, 32, 32)).logits.sum().backward()
+    trained = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
+    assert {name for name, p in built.model.named_parameters() if p.grad is not None} == trained
+    frozen = {name for name, _ in built.model.named_parameters()} - trained
+    assert all(name in built.description for name in frozen)
+    assert ("mask_token" in built.description) == (family == "dinov2")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import results, rows, run, run_until_step
+from conftest import results, rows, run, run_until_step, write_photos
 
 ARGS = [
     "--max_steps", 60, "--learning_rate", "3e-3", "--logging_steps", 1, "--save_steps", 7, "--save_total_limit", 20,
@@ -70,3 +70,28 @@ def test_a_finished_run_says_so_and_exits_0(pair: tuple[Path, Path]) -> None:
     assert "complete" in again.stdout and "Nothing to do" in again.stdout
     assert f"{results(folder)['test_accuracy']:.4f}" in again.stdout
     assert (folder / "all_results.json").stat().st_mtime_ns == before
+
+
+def test_killed_after_the_last_step_and_moved(tmp_path: Path, checkpoint: Path) -> None:
+    """The run ends within an epoch; what follows training is done again, elsewhere, and no step is added."""
+    photos = write_photos(tmp_path / "photos", {"train": 37, "validation": 13})
+    args = [
+        "--data", photos, "--model", checkpoint, "--max_steps", 7, "--per_device_train_batch_size", 8,
+        "--logging_steps", 1,
+        "--save_steps", 2, "--lr_scheduler_type", "constant", "--learning_rate", "1e-2", "--report_to", "none",
+        "--metric_for_best_model", "loss", "--greater_is_better", "true", "--save_total_limit", 9,
+    ]  # fmt: skip
+    run(*args, "--output_dir", tmp_path / "whole")
+    assert results(tmp_path / "whole")["best_step"] < 7, "else the best model is the last one and nothing is shown"
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    kept = {name: (tmp_path / "moved" / name).read_bytes() for name in ("best/model.safetensors", "metrics.jsonl")}
+    before = results(tmp_path / "moved")
+    (tmp_path / "moved/all_results.json").unlink()
+    (tmp_path / "moved/best/model.safetensors").unlink()
+    (tmp_path / "moved/status.json").write_text(json.dumps({"state": "running"}))
+    run(*args, "--output_dir", tmp_path / "moved")
+    after = results(tmp_path / "moved")
+    assert {name: (tmp_path / "moved" / name).read_bytes() for name in kept} == kept
+    for key in ("train_steps", "best_step", "eval_loss", "train_loss"):
+        assert after[key] == before[key], key
+    assert not (tmp_path / "moved/checkpoint-8").exists()
