@@ -178,7 +178,7 @@ def test_a_file_without_some_tensors_is_fatal(saved: dict[str, Path], tmp_path: 
 
 
 def test_what_cannot_be_loaded_is_one_clear_line(saved: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model \S+nowhere: no image processor"):
+    with pytest.raises(UserError, match=r"model \S+nowhere: there is no such folder"):
         build(tmp_path / "nowhere", CLASSES)
     options = ModelOptions(model=str(saved["vit"]))
     with pytest.raises(UserError, match=r"does not take 40 x 40 images: .*--image_size"):

@@ -182,6 +182,8 @@ def shipped_recipes() -> dict[str, Path]:
 def _find_recipe(recipe: str) -> Path:
     if Path(recipe).is_file():
         return Path(recipe)
+    if Path(recipe).exists():
+        raise UserError(f"{recipe} is no recipe; did you mean --data {recipe}?")
     shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[recipe]

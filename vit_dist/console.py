@@ -20,6 +20,7 @@ def set_up(rank: int) -> None:
     """Route our lines to stdout on rank 0, and keep libraries to their errors on every rank."""
     logger.handlers = [logging.StreamHandler(sys.stdout)]
     logger.propagate = False
+    logging.raiseExceptions = False  # `| head` closes stdout; training goes on
     logger.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if rank:

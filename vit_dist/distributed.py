@@ -123,6 +123,8 @@ def check_strategy(distributed_type: DistributedType, args: TrainingArguments) -
     got = {DistributedType.NO: "SINGLE", DistributedType.DEEPSPEED: "DEEPSPEED", DistributedType.FSDP: "FSDP"}.get(
         distributed_type, "DDP"
     )
+    if got == "DDP" and args.world_size == 1:
+        got = "SINGLE"  # a launcher with one process: a group of one
     asked = asked_strategy(args)
     if asked != got:
         hint = {

@@ -27,6 +27,8 @@ def describe(
 ) -> list[str]:
     args, batches = trainer.args, trainer.batches
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if args.fp16 and args.device.type == "cpu":
+        precision = "fp32 (fp16 does nothing on a CPU)"
     devices = f"{args.world_size} x {args.device.type}, {strategy}, {precision}"
     if idle_gpus:
         devices += f"; {idle_gpus} more GPUs are visible and idle: `vit-dist train` uses them all"

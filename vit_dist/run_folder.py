@@ -137,7 +137,7 @@ def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: di
         if attempt.replaces:
             aside = _aside(folder)
             folder.rename(aside)
-            attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}")
+            attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}; leave --fresh out to continue")
         before = read_json(folder / RECORD)
         changed = [key for key in PINNED if key in before and before[key] != facts[key]]
         if changed and attempt.checkpoint:

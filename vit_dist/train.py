@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues from the last checkpoint", 130)
+        return _fail(
+            "interrupted; the same command goes on from the last checkpoint, or anew if there is none yet", 130
+        )
     except Exception:
         return _fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
 

@@ -12,7 +12,15 @@ import datasets
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.decode import DecodeRules
 from vit_dist.data.source import load_source
-from vit_dist.data.split import class_list, classes_hash, encode_labels, hold_out, limit, table_fingerprint
+from vit_dist.data.split import (
+    class_list,
+    classes_hash,
+    classes_without_images,
+    encode_labels,
+    hold_out,
+    limit,
+    table_fingerprint,
+)
 from vit_dist.data.transforms import Transform, load_processor
 from vit_dist.data.verify import apply_policy, verify
 from vit_dist.options import DataOptions, ModelOptions
@@ -59,6 +67,9 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
     if any(skipped.values()):
         notes.append("left out bad images: " + ", ".join(f"{n} of {split}" for split, n in skipped.items() if n))
     notes.append(f"{len(classes)} classes; " + ", ".join(f"{split} {len(table):,}" for split, table in tables.items()))
+    for split, table in tables.items():
+        if missing := classes_without_images(table, classes):
+            notes.append(f"no images in {split} of {', '.join(missing[:10])}{' and more' if len(missing) > 10 else ''}")
     plain, augmented = Transform(processor), Transform(processor, options, seed)
     sets = {
         split: ImageDataset(table, augmented if split == "train" else plain, rules) for split, table in tables.items()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
@@ -28,16 +33,45 @@ def load_processor(options: ModelOptions, cache_dir: str | None = None) -> Any:
     if options.model == "tiny":
         side = size or TINY_IMAGE_SIZE
         return ViTImageProcessorPil(size={"height": side, "width": side})
+    reachable = _find_model(options)
     try:
         processor = AutoImageProcessor.from_pretrained(
             options.model, revision=options.model_revision, cache_dir=cache_dir, backend="pil", trust_remote_code=False
         )
     except (OSError, ValueError) as error:
+        if not reachable:
+            raise UserError(
+                f"model {options.model}: no such folder, the Hugging Face hub cannot be reached, and no copy is in the "
+                "cache; give a folder, or download it where there is a network"
+            ) from None
         raise UserError(
             f"model {options.model}: no image processor (preprocessor_config.json) could be loaded: "
             f"{str(error).splitlines()[0]}"
         ) from None
     return processor if size is None else _resized(processor, size, options.model)
+
+
+def _find_model(options: ModelOptions) -> bool:
+    """Whether the model is a folder or the hub answers; if it does not, only the cache is looked into from here on.
+
+    One request without retries: loading would try for minutes before it says that there is no network.
+    """
+    name = options.model
+    if Path(name).is_dir():
+        return True
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model {name}: there is no such folder")
+    try:
+        HfApi().model_info(name, revision=options.model_revision, timeout=10)
+    except RevisionNotFoundError:
+        raise UserError(f"model_revision {options.model_revision}: {name} has no such revision") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        hint = " (did you mean tiny?)" if difflib.get_close_matches(name, ["tiny"]) else "; log in if it is private"
+        raise UserError(f"model {name}: no such folder, and no such model on the Hugging Face hub{hint}") from None
+    except Exception:  # no network, no name server, a proxy's error page, offline mode
+        hub_constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 def input_size(processor: Any) -> int:
