@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -30,12 +31,19 @@ def load_processor(options: ModelOptions, cache_dir: str | None = None) -> Any:
     size = options.image_size
     if size is not None and size < 1:
         raise UserError(f"image_size={size}: give a number of pixels, such as 224")
+    try:
+        load = AutoImageProcessor.from_pretrained
+    except ImportError:  # a placeholder that raises when it is touched; seen in 5.10 and 5.17, gone in 5.23
+        raise UserError(
+            f"transformers {transformers.__version__} has no image processors without torchvision: pip install "
+            "torchvision, or transformers>=5.23"
+        ) from None
     if options.model == "tiny":
         side = size or TINY_IMAGE_SIZE
         return ViTImageProcessorPil(size={"height": side, "width": side})
     reachable = _find_model(options)
     try:
-        processor = AutoImageProcessor.from_pretrained(
+        processor = load(
             options.model, revision=options.model_revision, cache_dir=cache_dir, backend="pil", trust_remote_code=False
         )
     except (OSError, ValueError) as error:
