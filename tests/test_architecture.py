@@ -16,6 +16,7 @@ PACKAGE = ROOT / "vit_dist"
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
+    "files": set(),
     "options": set(),
     "config": {"errors", "options"},
     "console": set(),
@@ -24,13 +25,13 @@ ALLOWED: dict[str, set[str]] = {
     "data.cache": {"errors"},
     "data.columns": {"errors", "options"},
     "data.tables": {"errors", "options", "data.columns", "data.cache"},
-    "data.index": {"errors", "options", "data.cache"},
+    "data.index": {"files", "errors", "options", "data.cache"},
     "data.decode": {"errors", "options"},
     "data.source": {
         "errors", "options", "data.cache", "data.columns", "data.hub", "data.index", "data.split", "data.tables",
     },
     "data.split": {"errors", "options"},
-    "data.verify": {"errors", "options", "data.cache", "data.decode", "data.split"},
+    "data.verify": {"files", "errors", "options", "data.cache", "data.decode", "data.split"},
     "data.transforms": {"errors", "options"},
     "data.sampler": {"errors"},
     "data.dataset": {"data.decode", "data.transforms"},
@@ -49,12 +50,12 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler", "model",
         "metrics.__init__", "callbacks.reproducible",
     },
-    "run_folder": {"errors", "config", "distributed"},
+    "run_folder": {"files", "errors", "config", "distributed"},
     "trackers": {
         "config", "run_folder", "trainer", "callbacks.metrics_file", "callbacks.progress", "callbacks.wandb",
     },
     "plan": {"__init__", "config", "data.pipeline", "model", "run_folder", "trackers", "trainer"},
-    "report": {"config", "data.dataset", "data.decode"},
+    "report": {"files", "config", "data.dataset", "data.decode"},
     "results": {
         "config", "console", "distributed", "data.dataset", "data.pipeline", "metrics.__init__", "report", "run_folder",
         "trackers", "trainer",

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.decode import decode
+from vit_dist.files import replacing
 
 CHECKED_IMAGES = 8
 
@@ -38,9 +39,8 @@ def write_predictions(path: Path, dataset: ImageDataset, split: str, classes: li
             "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), len(classes)),
         }
     )
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial)
 
 
 def check_export(

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from vit_dist.config import Config, write_config
 from vit_dist.distributed import first_to_fail, launched_rank
 from vit_dist.errors import UserError
+from vit_dist.files import replacing
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"
@@ -177,16 +178,6 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
         "pid": os.getpid(),
     }
     write_json(folder / STATUS, {**facts, **details})
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` in one step, once it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    yield partial
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vit_dist.data.cache import locked, replacing
+from vit_dist.data.cache import locked
 from vit_dist.errors import UserError
+from vit_dist.files import replacing
 
 # fmt: off
 IMAGE_EXTENSIONS = frozenset([

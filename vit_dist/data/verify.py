@@ -16,10 +16,11 @@ import datasets
 import numpy as np
 import PIL
 
-from vit_dist.data.cache import cache_folder, locked, replacing
+from vit_dist.data.cache import cache_folder, locked
 from vit_dist.data.decode import RULES_VERSION, BadImage, DecodeRules, decode
 from vit_dist.data.split import table_fingerprint
 from vit_dist.errors import UserError
+from vit_dist.files import replacing
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
