@@ -46,25 +46,40 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks.metrics_file": set(),
     "callbacks.progress": set(),
     "callbacks.wandb": set(),
+    "batch": {"config", "errors"},
+    "schedule": {"config"},
+    "checkpoint": set(),
+    "strategy": {"errors"},
+    "memory": {"errors", "strategy"},
     "trainer": {
-        "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler", "model",
+        "batch", "checkpoint", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler", "model",
         "metrics.__init__", "callbacks.reproducible",
     },
-    "run_folder": {"files", "errors", "config", "distributed"},
+    "run_folder": {"checkpoint", "files", "errors", "config", "distributed"},
     "trackers": {
         "config", "run_folder", "trainer", "callbacks.metrics_file", "callbacks.progress", "callbacks.wandb",
     },
-    "plan": {"__init__", "config", "data.pipeline", "model", "run_folder", "trackers", "trainer"},
+    "summary": {
+        "__init__", "batch", "config", "data.pipeline", "model", "run_folder", "schedule", "trackers", "trainer",
+    },
     "report": {"files", "config", "data.dataset", "data.decode"},
     "results": {
         "config", "console", "distributed", "data.dataset", "data.pipeline", "metrics.__init__", "report", "run_folder",
         "trackers", "trainer",
     },
     "train": {
-        "config", "console", "distributed", "errors", "data.pipeline", "metrics.__init__", "model", "plan", "results",
-        "run_folder", "trackers", "trainer",
+        "config", "console", "distributed", "errors", "data.pipeline", "metrics.__init__", "model", "results",
+        "run_folder", "strategy", "summary", "trackers", "trainer",
     },
-    "cli": {"__init__", "train"},
+    "doctor": {
+        "config", "console", "distributed", "errors", "callbacks.wandb", "data.hub", "data.pipeline", "data.source",
+        "data.transforms", "run_folder", "strategy", "trackers", "train", "trainer",
+    },
+    "plan": {
+        "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "model", "schedule",
+        "strategy",
+    },
+    "cli": {"__init__", "doctor", "plan", "train"},
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import results, run, run_until_step, write_photos
 from fork_ranks import fork_ranks
 
-from vit_dist.distributed import asked_strategy, check_launch, use_one_device
+from vit_dist.distributed import check_launch, use_one_device
 from vit_dist.errors import UserError
 
 FEW = ["--max_steps", 4, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--report_to", "none"]
@@ -161,15 +161,6 @@ def test_accelerate_that_starts_one_process_instead_of_two_is_refused(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_fsdp_that_would_become_ddp_is_refused(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
-    refused = run(
-        "--data", photos, "--model", checkpoint, *FEW, "--output_dir", tmp_path / "run",
-        launcher="torchrun", processes=2, expect=1, ACCELERATE_USE_FSDP="true",
-    )  # fmt: skip
-    assert "FSDP was asked for, but this launch would train with DDP" in refused.stderr
-    assert not list(tmp_path.glob("run/*")), "nothing was written"
-
-
 def args(**kwargs: object) -> SimpleNamespace:
     return SimpleNamespace(**{"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": None, **kwargs})
 
@@ -180,13 +171,6 @@ def test_a_world_size_that_the_arguments_do_not_see_is_refused() -> None:
     check_launch(args(world_size=2), {"RANK": "0", "WORLD_SIZE": "2"})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="DataParallel"):
         check_launch(args(n_gpu=4), {})  # type: ignore[arg-type]
-
-
-def test_the_strategy_asked_for_is_read_from_launcher_and_arguments() -> None:
-    assert asked_strategy(args(), {}) == "SINGLE"  # type: ignore[arg-type]
-    assert asked_strategy(args(), {"WORLD_SIZE": "2"}) == "DDP"  # type: ignore[arg-type]
-    assert asked_strategy(args(), {"ACCELERATE_USE_DEEPSPEED": "true"}) == "DEEPSPEED"  # type: ignore[arg-type]
-    assert asked_strategy(args(fsdp=True), {"WORLD_SIZE": "2"}) == "FSDP"  # type: ignore[arg-type]
 
 
 def test_plain_python_uses_one_gpu_of_several(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """vit-dist: one verb per task.
 
-vit-dist train [RECIPE] [--flag value ...]    one process per visible GPU, or one on the CPU
+vit-dist train [RECIPE] [--flag value ...]     one process per visible GPU, or one on the CPU
+vit-dist plan [RECIPE] [--gpus N] [--nodes N]  what a run would do and need there; starts nothing
+vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what training would meet
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from collections.abc import Sequence
 
 from vit_dist import __version__
 
-VERBS = {"train": "fine-tune a Vision Transformer; `vit-dist train --help` lists its options"}
+VERBS = {
+    "train": "fine-tune a Vision Transformer; `vit-dist train --help` lists its options",
+    "plan": "show what a run would do and need on given GPUs; starts nothing, needs no GPU",
+    "doctor": "check processes, data, caches, disk and network before a run, without training",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,25 +37,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(VERBS)}"
         sys.stderr.write(f"error: unknown verb {verb}; {hint}\n")
         return 2
-    return _train(argv[1:])
+    return _run(verb, argv[1:])
 
 
-def _train(argv: list[str]) -> int:
-    """Start one process per visible GPU, or train in this one if there is at most one or a launcher is at work."""
-    command = launch_command(argv, 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus())
+def _run(verb: str, argv: list[str]) -> int:
+    """Start one process per visible GPU, or go on in this one if there is at most one or a launcher is at work."""
+    if verb == "plan":
+        from vit_dist.plan import main as plan
+
+        return plan(argv)
+    gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
+    command = launch_command(argv, gpus, f"vit_dist.{verb}")
     if command is not None:
         os.execv(command[0], command)
-    from vit_dist.train import main as train
+    if verb == "doctor":
+        from vit_dist.doctor import main as run
+    else:
+        from vit_dist.train import main as run
 
-    return train(argv)
+    return run(argv)
 
 
-def launch_command(argv: list[str], gpus: int) -> list[str] | None:
+def launch_command(argv: list[str], gpus: int, module: str = "vit_dist.train") -> list[str] | None:
     """The torchrun command for several GPUs of this machine; None for fewer than two."""
     if gpus < 2:
         return None
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    return [*launcher, "-m", "vit_dist.train", *argv]
+    return [*launcher, "-m", module, *argv]
 
 
 def _visible_gpus() -> int:

@@ -31,6 +31,7 @@ from vit_dist.options import (
     DataOptions,
     ModelOptions,
     RunOptions,
+    ScalingOptions,
 )
 
 DEFAULT_RECIPE = "digits"
@@ -42,6 +43,7 @@ class Config:
 
     data: DataOptions
     model: ModelOptions
+    scaling: ScalingOptions
     run: RunOptions
     training: dict[str, Any]  # every `TrainingArguments` field
     source: str  # where the settings came from, for the plan
@@ -56,6 +58,10 @@ class Config:
         return Path(self.run.logging_dir) if self.run.logging_dir else self.output_dir / "logs"
 
     @property
+    def precision(self) -> str:
+        return "bf16" if self.training["bf16"] else "fp16" if self.training["fp16"] else "fp32"
+
+    @property
     def data_seed(self) -> int:
         """Seed of everything that chooses images: the hold-out, their order, augmentation."""
         data_seed = self.training["data_seed"]
@@ -63,7 +69,11 @@ class Config:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting under its flag's name, without secrets: a recipe that asks for the same run."""
-        ours = {k: v for part in (self.data, self.model, self.run) for k, v in dataclasses.asdict(part).items()}
+        ours = {
+            k: v
+            for part in (self.data, self.model, self.scaling, self.run)
+            for k, v in dataclasses.asdict(part).items()
+        }
         return {
             key: value.value if isinstance(value, enum.Enum) else value
             for key, value in {**ours, **self.training}.items()
@@ -96,6 +106,7 @@ def load_config(argv: Sequence[str]) -> Config:
     return Config(
         data=_part(DataOptions, settings),
         model=_part(ModelOptions, settings),
+        scaling=_part(ScalingOptions, settings),
         run=_part(RunOptions, settings),
         training={f.name: settings[f.name] for f in dataclasses.fields(TrainingArguments) if f.init},
         source=f"recipe {path}" if recipe else "flags",
@@ -143,7 +154,7 @@ class _Parser(HfArgumentParser):
 
 
 def _parser() -> _Parser:
-    parts: Any = [DataOptions, ModelOptions, RunOptions, _UpstreamOptions]
+    parts: Any = [DataOptions, ModelOptions, ScalingOptions, RunOptions, _UpstreamOptions]
     parser = _Parser(
         parts,
         prog="vit-dist train",

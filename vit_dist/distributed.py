@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from vit_dist.errors import UserError
@@ -70,6 +69,12 @@ def any_rank(flag: torch.Tensor) -> bool:
     return bool(flag.item())
 
 
+def add_up(tensor: torch.Tensor) -> None:
+    """Replace `tensor` by its sum over all ranks (all ranks participate)."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
 def use_one_device(environ: Any = os.environ) -> int:
     """Without a launcher, hide all GPUs but the first; returns how many were hidden.
 
@@ -103,36 +108,6 @@ def check_launch(args: TrainingArguments, environ: Mapping[str, str] = os.enviro
         )
     if args.n_gpu > 1:
         raise UserError("one process would drive several GPUs with nn.DataParallel; use `vit-dist train` or torchrun")
-
-
-def asked_strategy(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> str:
-    """The strategy that the launcher or the arguments ask for: DEEPSPEED, FSDP, DDP or SINGLE."""
-
-    def flag(name: str) -> bool:
-        return environ.get(name, "").lower() in ("1", "true", "yes")
-
-    if args.deepspeed or flag("ACCELERATE_USE_DEEPSPEED"):
-        return "DEEPSPEED"
-    if args.fsdp or flag("ACCELERATE_USE_FSDP"):
-        return "FSDP"
-    return "DDP" if launched_world_size(environ) > 1 else "SINGLE"
-
-
-def check_strategy(distributed_type: DistributedType, args: TrainingArguments) -> str:
-    """Refuse to train with another strategy than the one asked for; returns the strategy's name."""
-    got = {DistributedType.NO: "SINGLE", DistributedType.DEEPSPEED: "DEEPSPEED", DistributedType.FSDP: "FSDP"}.get(
-        distributed_type, "DDP"
-    )
-    if got == "DDP" and args.world_size == 1:
-        got = "SINGLE"  # a launcher with one process: a group of one
-    asked = asked_strategy(args)
-    if asked != got:
-        hint = {
-            "FSDP": "Accelerate's FSDP needs GPUs (on CPUs it becomes DDP)",
-            "DEEPSPEED": "unset ACCELERATE_USE_CPU, which switches DeepSpeed off",
-        }.get(asked, "start with torchrun or accelerate launch --multi_gpu")
-        raise UserError(f"{asked} was asked for, but this launch would train with {got}: {hint}")
-    return got
 
 
 def leave() -> None:

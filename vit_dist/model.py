@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode  # no public name yet; torch.export is built on it
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
@@ -49,6 +50,27 @@ def build_model(
     return BuiltModel(model, f"{name}, {size / 1e6:.1f} M parameters, {input_size} px; {'; '.join(notes)}", revision)
 
 
+def skeleton(
+    options: ModelOptions, classes: list[str], input_size: int, *, cache_dir: str | None = None
+) -> PreTrainedModel:
+    """The model that `build_model` would make, on the meta device: shapes, and what is trained, without weights."""
+    if options.model == "tiny":
+        config = _tiny(input_size).config
+    else:
+        config = _config(options, cache_dir)
+        if options.image_size is not None and getattr(config, "image_size", None) is not None:
+            config.image_size = input_size
+    _name_classes(config, classes)
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    twin = copy.deepcopy(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unused = _check_forward(twin.to_empty(device="cpu"), options.model, input_size, len(classes))
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
 def reload_strictly(model: torch.nn.Module, folder: str | Path) -> None:
     """Load a saved model's weights into `model`, every tensor or none.
 
@@ -56,11 +78,21 @@ def reload_strictly(model: torch.nn.Module, folder: str | Path) -> None:
     `Trainer` does it, would drop most of a ViT's encoder (transformers 5.23, trainer.py `_load_from_checkpoint`).
     Raises RuntimeError on any missing, unexpected or misshapen tensor.
     """
-    saved, info = type(model).from_pretrained(folder, output_loading_info=True, dtype="auto")  # type: ignore[attr-defined]
+    model.load_state_dict(saved_weights(model, folder), strict=True)
+
+
+def saved_weights(model: torch.nn.Module, folder: str | Path) -> dict[str, torch.Tensor]:
+    """A saved model's weights under the names of the modules of `model`, which may be sharded. Raises as above."""
+    family = next(
+        c for c in type(model).__mro__ if c.__module__.startswith("transformers.")
+    )  # FSDP2 puts a class before it
+    saved, info = family.from_pretrained(  # type: ignore[attr-defined]
+        folder, output_loading_info=True, dtype="auto"
+    )
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise RuntimeError(f"{folder} does not hold this model's weights: {wrong}")
-    model.load_state_dict(saved.state_dict(), strict=True)
+    return saved.state_dict()
 
 
 def _tiny(input_size: int) -> PreTrainedModel:
@@ -84,13 +116,9 @@ def _name_classes(config: Any, classes: list[str]) -> None:
 def _pretrained(
     options: ModelOptions, classes: list[str], cache_dir: str | None
 ) -> tuple[PreTrainedModel, list[str], str | None]:
-    where: dict[str, Any] = {
-        "revision": options.model_revision or "main",
-        "cache_dir": cache_dir,
-        "trust_remote_code": False,
-    }
+    where = _where(options, cache_dir)
+    config = _config(options, cache_dir)
     try:
-        config = AutoConfig.from_pretrained(options.model, **where)
         same_head = [config.id2label.get(i) for i in range(config.num_labels)] == classes
         _name_classes(config, classes)
         revision = getattr(config, "_commit_hash", None)
@@ -128,6 +156,17 @@ def _pretrained(
     if info["unexpected_keys"]:
         notes.append(f"not used: {_listed(info['unexpected_keys'])}")
     return model, notes, revision
+
+
+def _where(options: ModelOptions, cache_dir: str | None) -> dict[str, Any]:
+    return {"revision": options.model_revision or "main", "cache_dir": cache_dir, "trust_remote_code": False}
+
+
+def _config(options: ModelOptions, cache_dir: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(options.model, **_where(options, cache_dir))
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded(options, error)) from None
 
 
 def _renew(model: PreTrainedModel, head: list[str]) -> set[str]:

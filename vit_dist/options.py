@@ -89,6 +89,32 @@ class ModelOptions:
 
 
 @dataclass
+class ScalingOptions:
+    """How a step is shared by the processes."""
+
+    _argument_group_name = "batch and processes"
+
+    global_batch_size: int | None = _option(
+        None,
+        "Images in an optimizer step, whatever the number of processes: gradient accumulation follows from it. "
+        "Default: per_device_train_batch_size x processes x gradient_accumulation_steps.",
+    )
+    learning_rate_reference_batch: int | None = _option(
+        None, "The global batch that --learning_rate is meant for; see --learning_rate_scaling."
+    )
+    learning_rate_scaling: str = field(
+        default="none",
+        metadata={
+            "help": "Rescale the learning rate from the reference batch to the actual global batch.",
+            "choices": ["none", "linear", "sqrt"],
+        },
+    )
+    ddp_bf16_all_reduce: bool = _option(
+        False, "With DDP: average gradients in bfloat16, half the traffic. For slow links between nodes."
+    )
+
+
+@dataclass
 class RunOptions:
     """How the run behaves and what it reports."""
 
@@ -175,6 +201,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, 1e9),
     "per_device_eval_batch_size": (1, 1e9),
     "gradient_accumulation_steps": (1, 1e9),
+    "global_batch_size": (1, 1e9),
+    "learning_rate_reference_batch": (1, 1e9),
     "num_train_epochs": (1e-9, 1e9),
     "learning_rate": (0, 1e30),
     "weight_decay": (0, 1e9),

@@ -1,68 +1,285 @@
-"""The few lines that rank 0 prints before training: what will happen, and the arithmetic behind it."""
+"""What a run would do and need, on machines that are not at hand. Starts nothing, needs no GPU, writes nothing.
+
+vit-dist plan configs/recipes/cifar10.yaml --gpus 8 --nodes 2 --gpu h100
+vit-dist plan --data ~/photos --gpus 4 --gpu_memory 24 --strategy zero2 --json
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from pathlib import Path
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vit_dist import __version__
-from vit_dist.config import Config
-from vit_dist.data.pipeline import ImageData
-from vit_dist.model import BuiltModel
-from vit_dist.run_folder import Attempt
-from vit_dist.trackers import Trackers
-from vit_dist.trainer import ExactTrainer
+from vit_dist import console
+from vit_dist.batch import Batch, scaled_learning_rate, split_batch
+from vit_dist.config import Config, load_config
+from vit_dist.errors import UserError
+
+GPU_MEMORY = {  # decimal GB, as they are sold; about 1 % less can be allocated
+    "h200": 141, "h100": 80, "a100": 80, "a100-40": 40, "l40s": 48, "a6000": 48, "a10": 24, "l4": 24, "rtx4090": 24,
+    "rtx3090": 24, "v100": 32, "t4": 16,
+}  # fmt: skip
+USABLE = 0.92  # of the memory: fragmentation takes the rest
+AUTO = ("ddp", "zero1", "zero2", "fsdp2", "zero3_offload")  # the cheapest first; hsdp before fsdp2 on several nodes
 
 
-def describe(
-    config: Config,
-    attempt: Attempt,
-    data: ImageData,
-    built: BuiltModel,
-    trainer: ExactTrainer,
-    strategy: str,
-    idle_gpus: int,
-    reporting: Trackers | None,
-) -> list[str]:
-    args, batches = trainer.args, trainer.batches
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    if args.fp16 and args.device.type == "cpu":
-        precision = "fp32 (fp16 does nothing on a CPU)"
-    devices = f"{args.world_size} x {args.device.type}, {strategy}, {precision}"
-    if idle_gpus:
-        devices += f"; {idle_gpus} more GPUs are visible and idle: `vit-dist train` uses them all"
-    metrics = ", ".join(["metrics.jsonl", *reporting.lines]) if reporting else ""
-    lines = [("vit_dist", f"{__version__}, {config.source}, seed {args.seed}")]
-    lines += [("data" if i == 0 else "", line) for i, line in enumerate(data.description)]
+@dataclass(frozen=True)
+class Machines:
+    nodes: int
+    gpus: int  # on each node
+    gpu: str | None
+    memory: float | None  # bytes of one GPU
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.gpus
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 and one line for what the user can mend, 1 if the run would not fit."""
+    console.set_up(0)
+    try:
+        parser = _parser()
+        asked, rest = parser.parse_known_args(argv)
+        plan = make(load_config(rest), _machines(asked), asked)
+    except UserError as error:
+        console.show_error(f"error: {error}")
+        return 2
+    sys.stdout.write(json.dumps(plan, indent=2) + "\n" if asked.json else "\n".join(render(plan)) + "\n")
+    return 0 if plan["fits"] is not False else 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see vit-dist plan --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="vit-dist plan",
+        usage="vit-dist plan [RECIPE] [--gpus N] [--nodes N] [--gpu NAME] [--flag value ...]",
+        description="Show what a run would do and need: batch, steps, learning rate, memory, disk, time. Nothing is "
+        "started. All other flags are those of `vit-dist train`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs on each node (default: 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    parser.add_argument("--gpu", help=f"what they are, for their memory: {', '.join(GPU_MEMORY)}")
+    parser.add_argument("--gpu_memory", type=float, help="memory of one GPU in GB, for a GPU that is not in the list")
+    names = ("auto", "single", *AUTO[:3], "zero3", "zero3_offload", "fsdp2", "hsdp")
+    parser.add_argument("--strategy", default="auto", choices=names, help="auto recommends one (default)")
+    parser.add_argument("--images_per_second", type=float, help="training speed of all GPUs, if it is known")
+    parser.add_argument("--time_limit", help="time limit of the job, as h:mm:ss, to compare the run time with")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _machines(asked: argparse.Namespace) -> Machines:
+    for name in ("gpus", "nodes"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"--{name} {getattr(asked, name)}: give at least 1")
+    if asked.gpu is not None and asked.gpu.lower() not in GPU_MEMORY:
+        raise UserError(f"--gpu {asked.gpu}: not in the list ({', '.join(GPU_MEMORY)}); give --gpu_memory in GB")
+    memory = asked.gpu_memory if asked.gpu_memory is not None else GPU_MEMORY.get((asked.gpu or "").lower())
+    if memory is not None and not memory > 0:
+        raise UserError(f"--gpu_memory {memory:g}: give a number of GB above 0")
+    return Machines(asked.nodes, asked.gpus, asked.gpu, None if memory is None else memory * 1e9)
+
+
+def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[str, Any]:
+    """The plan as plain values (bytes, seconds, images). Reads the data's index and the model's configuration."""
+    # Slow to import; a mistake in the command should be told at once.
+    from vit_dist.data.pipeline import build_data
+    from vit_dist.data.sampler import GlobalBatchSampler
+    from vit_dist.model import skeleton
+    from vit_dist.schedule import curve, total_steps, warmup_steps
+
+    batch = split_batch(config, machines.processes)
+    rate = scaled_learning_rate(config, batch)
+    quick = replace(config.data, verify_images=False)
+    data = build_data(quick, config.model, config.data_seed, console.progress)
+    model = skeleton(config.model, data.classes, data.input_size, cache_dir=config.data.cache_dir)
+    sampler = GlobalBatchSampler(
+        len(data.train), per_device_batch=batch.per_device, gradient_accumulation=batch.accumulation,
+        world_size=batch.world_size, rank=0, seed=0, drop_last=config.training["dataloader_drop_last"],
+    )  # fmt: skip
+    steps = total_steps(config, sampler.steps_per_epoch)
+    plan: dict[str, Any] = {
+        "source": config.source,
+        "machines": {**asdict(machines), "processes": machines.processes},
+        "data": data.description,
+        "images": {name: len(one) for name, one in (("train", data.train), ("validation", data.validation))},
+        "model": config.model.model,
+        "parameters": {
+            "all": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+        "precision": config.precision,
+        "batch": {**asdict(batch), "global": batch.total},
+        "steps": {"epoch": sampler.steps_per_epoch, "all": steps, "warmup": warmup_steps(config, steps)},
+        "learning_rate": {"recipe": config.training["learning_rate"], "actual": rate,
+                          "schedule": str(config.training["lr_scheduler_type"]), "curve": curve(config, rate, steps)},
+    }  # fmt: skip
+    plan |= _memory(config, machines, batch, data.input_size, model, asked.strategy)
+    plan["time"] = _time(config, machines, steps * batch.total, asked)
+    plan["config"] = config.resolved()
+    return plan
+
+
+def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: Any, asked: str) -> dict[str, Any]:
+    """`strategies`: bytes on a GPU and traffic of each; `strategy`: the one asked for or recommended, and why."""
+    from vit_dist import memory
+    from vit_dist.strategy import mark_blocks
+
+    mark_blocks(model)
+    tensors, precision, optim = memory.Tensors.of(model), config.precision, str(config.training["optim"])
+    checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
+    saved = memory.activations(model, side, precision, checkpointing)
+    table: dict[str, dict[str, Any]] = {}
+    for name in memory.STRATEGIES:
+        if (name == "single") != (machines.processes == 1) or (
+            name == "hsdp" and not 1 < machines.nodes < machines.processes
+        ):
+            continue
+        shards = 1 if name in ("single", "ddp") else machines.gpus if name == "hsdp" else machines.processes
+        state = memory.state(
+            name, tensors, shards=shards, precision=precision, optim=optim, accumulation=batch.accumulation
+        )
+        total = state.total + saved.of(batch.per_device) + memory.RESERVE
+        table[name] = {
+            **asdict(state),
+            "activations": saved.of(batch.per_device),
+            "reserve": memory.RESERVE,
+            "total": total,
+            "fits": None if machines.memory is None else total <= USABLE * machines.memory,
+            "traffic": memory.traffic(name, tensors, shards=shards, world_size=machines.processes, precision=precision),
+            "checkpoint": memory.checkpoint_bytes(name, tensors, precision=precision, optim=optim),
+        }
+    chosen, why = _choose(asked, table, machines)
+    kept = config.training["save_total_limit"]
+    return {
+        "strategy": chosen,
+        "why": why,
+        "strategies": table,
+        "fits": table[chosen]["fits"],
+        "disk": {"checkpoint": table[chosen]["checkpoint"], "kept": kept, "export": 4 * tensors.parameters},
+    }
+
+
+def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) -> tuple[str, str]:
+    if asked != "auto":
+        if asked not in table:
+            raise UserError(
+                f"--strategy {asked} is not for {machines.nodes} x {machines.gpus} GPUs; there are {', '.join(table)}"
+            )
+        return asked, "asked for"
+    if "single" in table:
+        return "single", "one GPU: nothing to share"
+    if machines.memory is None:
+        return "ddp", "nothing is faster where it fits; give --gpu or --gpu_memory to know whether it does"
+    order = [name for name in AUTO if name in table]
+    if "hsdp" in table:
+        order.insert(order.index("fsdp2"), "hsdp")
+    for name in order:
+        if table[name]["fits"]:
+            passed = order[: order.index(name)]
+            reason = REASONS[name]
+            return name, f"{', '.join(passed)} would not fit; {reason}" if passed else reason
+    return order[
+        -1
+    ], "nothing fits; lower --per_device_train_batch_size, add --activation_checkpointing, or use more GPUs"
+
+
+REASONS = {
+    "ddp": "the whole training state fits on each GPU, and then nothing is faster",
+    "zero1": "sharding the optimizer state is enough, for the traffic of DDP",
+    "zero2": "sharding optimizer state and gradients is enough, for the traffic of DDP",
+    "hsdp": "a node's GPUs hold the state together, and only gradients cross nodes",
+    "fsdp2": "weights have to be sharded too; half as much traffic again as DDP",
+    "zero3_offload": "the optimizer has to move to the host, which makes each step wait for the CPU",
+}
+
+
+def _time(config: Config, machines: Machines, images: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of training, if a speed was given or an earlier run of this folder measured one."""
+    rate, source = asked.images_per_second, "--images_per_second"
+    results = config.output_dir / "all_results.json"
+    if rate is None and results.is_file():
+        earlier = json.loads(results.read_text(encoding="utf-8"))
+        if "train_samples_per_second" in earlier:
+            rate = earlier["train_samples_per_second"] / earlier["world_size"] * machines.processes
+            source = f"{results}, {earlier['world_size']} process(es), scaled to {machines.processes}"
+    limit = _seconds(asked.time_limit)
+    seconds = None if not rate else images / rate
+    return {"images_per_second": rate, "source": source if rate else None, "seconds": seconds, "limit": limit}
+
+
+def _seconds(limit: str | None) -> float | None:
+    if limit is None:
+        return None
+    days, _, clock = limit.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts) or len(parts) > 3 or not (days or "0").isdigit():
+        raise UserError(f"--time_limit {limit}: give h:mm:ss, or d-hh:mm:ss")
+    return 86400.0 * int(days or 0) + sum(int(part) * 60**power for power, part in enumerate(reversed(parts)))
+
+
+def render(plan: dict[str, Any]) -> list[str]:
+    """The plan for people."""
+    machines, batch, steps, rate = plan["machines"], plan["batch"], plan["steps"], plan["learning_rate"]
+    where = f"{machines['nodes']} node{'s' if machines['nodes'] > 1 else ''} x {machines['gpus']} GPU"
+    where += "s" if machines["gpus"] > 1 else ""
+    if machines["memory"]:
+        where += f" of {machines['memory'] / 1e9:g} GB"
+    scaled = "" if rate["actual"] == rate["recipe"] else f" (the recipe's {rate['recipe']:g}, scaled)"
+    count = plan["parameters"]
+    lines = [("plan", plan["source"])]
+    lines += [("data" if i == 0 else "", line) for i, line in enumerate(plan["data"])]
     lines += [
-        ("model", built.description),
-        ("devices", devices),
-        ("batch", batch_arithmetic(trainer)),
-        ("steps", f"{batches.steps_per_epoch:,} per epoch, {total_steps(trainer):,} in all"),
-        ("rate", learning_rate(trainer)),
-        ("output", f"{config.output_dir}; {metrics}"),
-    ]
-    lines += [("note", note) for note in attempt.notes]
-    if attempt.checkpoint:
-        lines.append(("resume", f"from {Path(attempt.checkpoint).name}, attempt {attempt.number}"))
+        ("model", f"{plan['model']}, {count['all']:,} parameters, {count['trained']:,} trained"),
+        ("devices", f"{where}, {plan['precision']}"),
+        ("batch", f"{batch['global']} = {batch['per_device']} per device x {batch['world_size']} devices x "
+                  f"{batch['accumulation']} accumulation"),
+        ("steps", f"{steps['epoch']:,} per epoch, {steps['all']:,} in all, {steps['warmup']:,} of warm-up"),
+        ("rate", f"{rate['actual']:g}{scaled}, {rate['schedule'].rpartition('.')[2].lower()}"),
+    ]  # fmt: skip
+    if rate["curve"]:
+        lines.append(("", "  ".join(f"{step:,}: {value:.1e}" for step, value in rate["curve"].items())))
+    lines.append(("strategy", f"{plan['strategy']}: {plan['why']}"))
+    lines.append(("memory", "on one GPU, in GB; traffic in GB that a GPU sends per step"))
+    columns = ("parameters", "gradients", "optimizer", "buffers", "activations", "reserve", "total", "traffic")
+    lines.append(("", "".join([f"{'':<15}", *(f"{name:>12}" for name in columns), "  fits"])))
+    for name, row in plan["strategies"].items():
+        mark = "*" if name == plan["strategy"] else " "
+        fits = {None: "?", True: "yes", False: "no"}[row["fits"]]
+        host = f"  ({row['host'] / 1e9:.2f} on the host)" if row["host"] else ""
+        numbers = "".join(f"{row[column] / 1e9:>12.2f}" for column in columns)
+        lines.append(("", f"{mark}{name:<14}{numbers}  {fits}{host}"))
+    disk = plan["disk"]
+    folders = disk["kept"] + 1 if disk["kept"] else None  # the new one is written before an old one goes
+    space = f"{folders * disk['checkpoint'] / 1e9:.2f} GB for {folders}" if folders else "all are kept"
+    lines.append(
+        ("disk", f"{disk['checkpoint'] / 1e9:.2f} GB per checkpoint, {space}; best/ {disk['export'] / 1e9:.2f} GB")
+    )
+    time = plan["time"]
+    if time["seconds"] is not None:
+        limit = time["limit"]
+        judged = "" if limit is None else ", within the limit" if time["seconds"] < limit else ", MORE than the limit"
+        lines.append(("time", f"{_clock(time['seconds'])} of training at {time['images_per_second']:,.0f} images/s "
+                              f"({time['source']}){judged}"))  # fmt: skip
+    else:
+        lines.append(("time", "not known; give --images_per_second, or plan the folder of a finished run"))
     return [f"{title:<9}{line}" for title, line in lines]
 
 
-def batch_arithmetic(trainer: ExactTrainer) -> str:
-    args = trainer.args
-    return (
-        f"{trainer.batches.global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
-        f"device{'s' if args.world_size > 1 else ''} x {args.gradient_accumulation_steps} accumulation"
-    )
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(math.ceil(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
-def total_steps(trainer: ExactTrainer) -> int:
-    args = trainer.args
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * trainer.batches.steps_per_epoch)
-
-
-def learning_rate(trainer: ExactTrainer) -> str:
-    args: Any = trainer.args
-    warmup = args.get_warmup_steps(total_steps(trainer))
-    return f"{args.learning_rate:g}, {args.lr_scheduler_type.value}" + (f", {warmup} warm-up steps" if warmup else "")
+if __name__ == "__main__":
+    sys.exit(main())

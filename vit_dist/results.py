@@ -43,7 +43,7 @@ def conclude(
             results |= numbers
     partial = config.output_dir / ".best.partial"
     on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-    trainer.save_model(str(partial))
+    trainer.export(partial)
 
     def write() -> None:
         report.finish_export(partial)

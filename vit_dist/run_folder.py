@@ -11,7 +11,6 @@ import socket
 import subprocess
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
+from vit_dist.checkpoint import checkpoints, damage, obstacle
 from vit_dist.config import Config, write_config
 from vit_dist.distributed import first_to_fail, launched_rank
 from vit_dist.errors import UserError
@@ -36,8 +35,8 @@ FREE = {
     "log_level", "log_level_replica", "log_on_each_node", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     "save_total_limit", "resume_from_checkpoint", "local_rank", "ddp_timeout", "ddp_backend", "use_cpu",
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "do_train", "do_eval",
-    "do_predict", "verify_images", "eval_accumulation_steps",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
+    "do_train", "do_eval", "do_predict", "verify_images", "eval_accumulation_steps", "deepspeed", "fsdp", "fsdp_config",
 }  # fmt: skip
 
 
@@ -56,10 +55,11 @@ class Attempt:
     notes: list[str] = field(default_factory=list)
 
 
-def inspect(config: Config) -> Attempt:
+def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
     """Decide what to do about the run folder, without changing anything in it.
 
-    Raises UserError if the folder is not a run folder, or holds a run with other settings.
+    Raises UserError if the folder is not a run folder, or holds a run with other settings or one that this launch
+    cannot resume.
     """
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
@@ -76,7 +76,7 @@ def inspect(config: Config) -> Attempt:
     attempt = Attempt(number=record.get("attempts", 0) + 1)
     complete = status.get("state") == "complete"
     if not complete:
-        attempt.checkpoint, attempt.notes = _newest_checkpoint(config)
+        attempt.checkpoint, attempt.notes = _newest_checkpoint(config, strategy, world_size)
     changed = _changes(folder / CONFIG, config)
     if changed and (complete or attempt.checkpoint):
         raise UserError(
@@ -234,45 +234,24 @@ def _check_asked_checkpoint(config: Config) -> None:
         )
 
 
-def _newest_checkpoint(config: Config) -> tuple[str | None, list[str]]:
-    """The newest whole checkpoint, and a note on each newer one that is not."""
+def _newest_checkpoint(config: Config, strategy: str, world_size: int) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint, and a note on each newer one that is not.
+
+    Raises UserError if this launch cannot resume from it: going on from another one would lose work.
+    """
     asked = config.training["resume_from_checkpoint"]
-    if asked:
-        reason = _damage(Path(asked))
-        if reason:
-            raise UserError(f"resume_from_checkpoint={asked}: {reason}")
-        return asked, []
     notes: list[str] = []
-    for path in _checkpoints(config.output_dir):
-        reason = _damage(path)
-        if reason is None:
+    for path in [Path(asked)] if asked else checkpoints(config.output_dir):
+        reason = damage(path)
+        if reason and asked:
+            raise UserError(f"resume_from_checkpoint={asked}: {reason}")
+        if reason:
+            notes.append(f"{path} is not whole ({reason}) and is passed over")
+        elif reason := obstacle(path, strategy, world_size):
+            raise UserError(f"{path} cannot be resumed by this launch ({strategy}, {world_size} processes): {reason}")
+        else:
             return str(path), notes
-        notes.append(f"{path} is not whole ({reason}) and is passed over")
     return None, notes
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
-    yield from sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: -int(steps[p]))
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, None if it can. Upstream would take any folder of this name."""
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / name).is_file() or not (checkpoint / name).stat().st_size:
-            return f"no {name}"
-        if name.endswith(".pt") and not zipfile.is_zipfile(checkpoint / name):  # torch.save writes zip archives
-            return f"{name} was cut short"
-    if not read_json(checkpoint / "trainer_state.json"):
-        return "trainer_state.json was cut short"
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    try:
-        for path in weights:
-            with safe_open(path, framework="pt"):  # checks the header against the file's size
-                pass
-    except Exception as error:
-        return f"{path.name}: {error}"
-    return None if weights else "no weights"
 
 
 def _changes(path: Path, config: Config) -> list[str]:

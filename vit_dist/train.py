@@ -24,16 +24,18 @@ from vit_dist.errors import UserError
 def train(config: Config) -> None:
     """The order of events of a run; every rank runs it. Raises UserError for what the user can mend."""
     # Slow to import; a mistake in the command should be told at once.
-    from vit_dist import plan, results, trackers
+    from vit_dist import results, strategy, summary, trackers
     from vit_dist.data.pipeline import build_data
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
     from vit_dist.trainer import build_arguments, build_trainer, require_metric
 
     idle_gpus = distributed.use_one_device()
+    strategy.check_owners(config.precision)
     args = build_arguments(config)  # joins the process group
     distributed.check_launch(args)
-    attempt = distributed.on_main(lambda: run_folder.inspect(config))
+    asked = strategy.prepare(args)
+    attempt = distributed.on_main(lambda: run_folder.inspect(config, asked, args.world_size))
     if attempt.finished:
         console.say(attempt.finished)
         return
@@ -43,14 +45,15 @@ def train(config: Config) -> None:
     built = build_model(config.model, data.classes, data.input_size, seed=args.seed, cache_dir=config.data.cache_dir)
     metrics = ClassificationMetrics(data.classes, config.run.metrics)
     require_metric(config.training["metric_for_best_model"], metrics)
+    strategy.mark_blocks(built.model)
     trainer = build_trainer(config, args, data, built.model, metrics)
-    strategy = distributed.check_strategy(trainer.accelerator.distributed_type, args)
+    strategy.confirm(asked, trainer.accelerator)
 
-    facts = run_folder.facts(data.record, built.revision, args.world_size, trainer.batches.global_batch, strategy)
+    facts = run_folder.facts(data.record, built.revision, args.world_size, trainer.batches.global_batch, asked)
     distributed.on_main(lambda: run_folder.open_attempt(config, attempt, data.classes, facts))
     with run_folder.failure_recorded(config.output_dir):
         reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
-        console.say(*plan.describe(config, attempt, data, built, trainer, strategy, idle_gpus, reporting))
+        console.say(*summary.describe(config, attempt, data, built, trainer, asked, idle_gpus, reporting))
         output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
         results.conclude(config, trainer, data, metrics, output.metrics, facts, reporting)
 

@@ -12,21 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DDPCommunicationHookType
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from vit_dist.batch import scaled_learning_rate, split_batch
 from vit_dist.callbacks.reproducible import LogBeforeSave, StepSeeds, StopAtEnd
+from vit_dist.checkpoint import layout, load_foreign_model, load_foreign_optimizer
 from vit_dist.config import Config
 from vit_dist.data.dataset import collate
 from vit_dist.data.pipeline import ImageData
 from vit_dist.data.sampler import GlobalBatchSampler
-from vit_dist.distributed import any_rank, gather
+from vit_dist.distributed import any_rank, gather, launched_world_size
 from vit_dist.errors import UserError
 from vit_dist.metrics import ClassificationMetrics
-from vit_dist.model import reload_strictly
+from vit_dist.model import reload_strictly, saved_weights
 
 
 def build_arguments(config: Config) -> TrainingArguments:
@@ -36,6 +39,13 @@ def build_arguments(config: Config) -> TrainingArguments:
     launcher's other processes.
     """
     settings = dict(config.training)
+    batch = split_batch(config, launched_world_size())
+    settings["gradient_accumulation_steps"] = batch.accumulation
+    settings["learning_rate"] = scaled_learning_rate(config, batch)
+    if settings.get("ddp_static_graph", False) is None:
+        # The same graph at every step: DDP need not look for what is ready. It fails where a step begins without
+        # synchronisation (torch 2.13, reducer.cpp, expect_autograd_hooks_).
+        settings["ddp_static_graph"] = batch.accumulation == 1
     settings["use_cpu"] = settings["use_cpu"] or not torch.accelerator.is_available()
     if settings["dataloader_num_workers"] is None:
         settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
@@ -127,6 +137,7 @@ def build_trainer(
         data_collator=collate,
         compute_metrics=metrics,
         callbacks=[StepSeeds(batches), LogBeforeSave(), StopAtEnd()],
+        bf16_all_reduce=config.scaling.ddp_bf16_all_reduce,
     )
     try:
         trainer = make()
@@ -153,13 +164,19 @@ def require_metric(name: str | None, metrics: ClassificationMetrics) -> None:
 class ExactTrainer(Trainer):
     """`transformers.Trainer` whose numbers do not depend on the number of processes or on restarts."""
 
-    def __init__(self, *, batches: GlobalBatchSampler, **kwargs: Any) -> None:
+    def __init__(self, *, batches: GlobalBatchSampler, bf16_all_reduce: bool = False, **kwargs: Any) -> None:
         self.batches = batches
         self._compute_metrics = kwargs.pop("compute_metrics")
         super().__init__(compute_metrics=self._metrics_of_every_image, **kwargs)
         # The loss is the mean over the micro-batch, and all micro-batches have the same size: upstream then divides
         # by the accumulation and needs no count of labels over all ranks, which costs a collective per step.
         self.model_accepts_loss_kwargs = False
+        ddp: Any = self.accelerator.ddp_handler
+        ddp.gradient_as_bucket_view = True  # saves a copy of the gradients, 4 bytes a parameter
+        if bf16_all_reduce and self.args.device.type == "cpu":
+            raise UserError("ddp_bf16_all_reduce: PyTorch has it for GPUs only; leave it out on CPUs")
+        if bf16_all_reduce:
+            ddp.comm_hook = DDPCommunicationHookType.BF16
         self._best_loaded = False
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # (index, loss) of each image since the last step
 
@@ -191,9 +208,17 @@ class ExactTrainer(Trainer):
         """As upstream; the best model is loaded also where the run folder was moved since it was saved."""
         output = super().train(*args, **kwargs)
         if self.args.load_best_model_at_end and self.state.best_global_step and not self._best_loaded:
-            self.state.best_model_checkpoint = str(self._best_checkpoint)
             self._load_best_model()
         return output
+
+    def export(self, folder: str | Path) -> None:
+        """Save the whole model and its image processor for `from_pretrained`, whatever the strategy (all ranks
+        participate, rank 0 writes). Under DeepSpeed with bf16 the weights are bfloat16, as they were evaluated.
+        """
+        weights = self.accelerator.get_state_dict(self.deepspeed or self.model)
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
     @property
     def _best_checkpoint(self) -> Path:
@@ -210,11 +235,15 @@ class ExactTrainer(Trainer):
             outputs.logits.float(), labels, reduction="none", label_smoothing=self.args.label_smoothing_factor
         )
         self._losses.append((index, losses.detach()))
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._stop_unless_finite()  # now: DeepSpeed takes the optimizer step at the end of its backward
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:  # the last micro-batch: backward is done, the optimizer step is not
+        if (
+            self.accelerator.sync_gradients and not self.is_deepspeed_enabled
+        ):  # the last micro-batch: backward is done, the optimizer step is not
             self._stop_unless_finite()
         return loss
 
@@ -261,20 +290,48 @@ class ExactTrainer(Trainer):
         return 0
 
     # Overridden private methods: upstream's read the raw file and drop the tensors whose names differ (see
-    # `reload_strictly`). tests/test_reload.py notices when upstream is mended.
+    # `reload_strictly`), and load what their own strategy wrote only. tests/test_reload.py notices when upstream is
+    # mended.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            reload_strictly(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+        self._load_weights(Path(resume_from_checkpoint), model or self.model)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        self.state.best_model_checkpoint = str(self._best_checkpoint)
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            reload_strictly(self.accelerator.unwrap_model(self.model), self._best_checkpoint)
+            self._load_weights(self._best_checkpoint, self.model)
         self._best_loaded = True
+
+    def _load_weights(self, checkpoint: Path, model: Any) -> None:
+        """Single, DDP, FSDP (all ranks participate). DeepSpeed loads by its engine."""
+        if layout(checkpoint) != self._layout:
+            source = self.accelerator.unwrap_model(model)
+            whole = saved_weights(source, checkpoint) if layout(checkpoint) == "plain" else None
+            load_foreign_model(checkpoint, source, whole)
+        elif self.is_fsdp_enabled:
+            super()._load_from_checkpoint(str(checkpoint), model)
+        else:
+            reload_strictly(self.accelerator.unwrap_model(model), checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled or layout(Path(checkpoint)) == self._layout:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = self.optimizer
+        load_foreign_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), optimizer.optimizer)
+        state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
+
+    @property
+    def _layout(self) -> str:
+        """What this run's own checkpoints are, as `checkpoint.layout` has it."""
+        if self.is_deepspeed_enabled:
+            return "zero"
+        if not self.is_fsdp_enabled:
+            return "plain"
+        return "fsdp_full" if "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type) else "fsdp_sharded"
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called between clipping and the optimizer step; the norm is the same on every rank."""

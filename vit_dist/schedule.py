@@ -1,0 +1,49 @@
+"""How many steps a run has, and the learning rate at each of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from vit_dist.config import Config
+
+POINTS = 11  # of the curve in a plan
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    asked = config.training["max_steps"]
+    return asked if asked > 0 else math.ceil(config.training["num_train_epochs"] * steps_per_epoch)
+
+
+def warmup_steps(config: Config, steps: int) -> int:
+    """As `TrainingArguments.get_warmup_steps`: a value below 1 is a share of all steps."""
+    asked = config.training["warmup_steps"] or 0
+    return int(asked) if asked >= 1 else math.ceil(steps * asked)
+
+
+def curve(config: Config, rate: float, steps: int) -> dict[int, float]:
+    """The learning rate at some steps, by the scheduler that the run would use; empty if it follows a metric."""
+    name = str(config.training["lr_scheduler_type"]).rpartition(".")[2].lower()
+    if "plateau" in name:
+        return {}
+    settings = config.training["lr_scheduler_kwargs"] or {}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    scheduler: Any = get_scheduler(
+        config.training["lr_scheduler_type"],
+        optimizer,
+        warmup_steps(config, steps),
+        steps,
+        scheduler_specific_kwargs=json.loads(settings) if isinstance(settings, str) else dict(settings),
+    )
+    shown = {round(i * (steps - 1) / (POINTS - 1)) for i in range(POINTS)}
+    rates = {}
+    for step in range(steps):
+        if step in shown:
+            rates[step] = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+    return rates

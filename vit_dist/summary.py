@@ -1,0 +1,60 @@
+"""The few lines that rank 0 prints before training: what will happen, and the arithmetic behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vit_dist import __version__
+from vit_dist.batch import split_batch
+from vit_dist.config import Config
+from vit_dist.data.pipeline import ImageData
+from vit_dist.model import BuiltModel
+from vit_dist.run_folder import Attempt
+from vit_dist.schedule import total_steps, warmup_steps
+from vit_dist.trackers import Trackers
+from vit_dist.trainer import ExactTrainer
+
+
+def describe(
+    config: Config,
+    attempt: Attempt,
+    data: ImageData,
+    built: BuiltModel,
+    trainer: ExactTrainer,
+    strategy: str,
+    idle_gpus: int,
+    reporting: Trackers | None,
+) -> list[str]:
+    args, batches = trainer.args, trainer.batches
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if args.fp16 and args.device.type == "cpu":
+        precision = "fp32 (fp16 does nothing on a CPU)"
+    devices = f"{args.world_size} x {args.device.type}, {strategy}, {precision}"
+    if idle_gpus:
+        devices += f"; {idle_gpus} more GPUs are visible and idle: `vit-dist train` uses them all"
+    steps = total_steps(config, batches.steps_per_epoch)
+    metrics = ", ".join(["metrics.jsonl", *reporting.lines]) if reporting else ""
+    lines = [("vit_dist", f"{__version__}, {config.source}, seed {args.seed}")]
+    lines += [("data" if i == 0 else "", line) for i, line in enumerate(data.description)]
+    lines += [
+        ("model", built.description),
+        ("devices", devices),
+        ("batch", str(split_batch(config, args.world_size))),
+        ("steps", f"{batches.steps_per_epoch:,} per epoch, {steps:,} in all"),
+        ("rate", learning_rate(config, args.learning_rate, steps)),
+        ("output", f"{config.output_dir}; {metrics}"),
+    ]
+    lines += [("note", note) for note in attempt.notes]
+    if attempt.checkpoint:
+        lines.append(("resume", f"from {Path(attempt.checkpoint).name}, attempt {attempt.number}"))
+    return [f"{title:<9}{line}" for title, line in lines]
+
+
+def learning_rate(config: Config, rate: float, steps: int) -> str:
+    """`rate` is the actual one; how it came about is said where the recipe's was scaled."""
+    text, warmup = f"{rate:g}", warmup_steps(config, steps)
+    if reference := config.scaling.learning_rate_reference_batch:
+        before, scaling = config.training["learning_rate"], config.scaling.learning_rate_scaling
+        text += f" = {before:g} x {rate / before:g} ({scaling}, from a batch of {reference})"
+    text += f", {str(config.training['lr_scheduler_type']).rpartition('.')[2].lower()}"
+    return text + (f", {warmup:,} warm-up step{'s' if warmup > 1 else ''}" if warmup else "")
