@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +84,24 @@ def dropout_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("models") / "vit_dropout", dropout=0.1)
 
 
-LAUNCHERS: dict[str, Callable[[int], list[str]]] = {
-    "python": lambda n: [sys.executable, "-m"],
-    "torchrun": lambda n: [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m",
-    ],
-    "accelerate": lambda n: [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-        str(Path(__file__).parents[1] / "configs/accelerate/ddp.yaml"), "--num_processes", str(n),
-        "--main_process_port", "0", "-m",
-    ],
-}  # fmt: skip
+CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
+LAUNCHERS = ("python", "torchrun", "accelerate")
 
 
-def command(launcher: str, processes: int, *args: object, module: str = "vit_dist.train") -> list[str]:
-    return [*LAUNCHERS[launcher](processes), module, *map(str, args)]
+def command(
+    launcher: str,
+    processes: int,
+    *args: object,
+    module: str = "vit_dist.train",
+    config: Path = CONFIGS / "ddp.yaml",
+    launch: Sequence[object] = (),
+) -> list[str]:
+    """`config` and `launch` (further flags) are for accelerate."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
+    accelerate = ["accelerate.commands.launch", "--config_file", config, "--num_processes", processes,
+                  "--main_process_port", 0, *launch, "-m"]  # fmt: skip
+    before = {"python": [], "torchrun": torchrun, "accelerate": accelerate}[launcher]
+    return list(map(str, [sys.executable, "-m", *before, module, *args]))
 
 
 def run(
@@ -107,11 +110,13 @@ def run(
     processes: int = 1,
     module: str = "vit_dist.train",
     expect: int | None = 0,
+    config: Path = CONFIGS / "ddp.yaml",
+    launch: Sequence[object] = (),
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """Start `vit_dist.train` as a user would and wait for it; fails unless it exits with `expect` (None: any)."""
     result = subprocess.run(
-        command(launcher, processes, *args, module=module),
+        command(launcher, processes, *args, module=module, config=config, launch=launch),
         env={**os.environ, **env},
         capture_output=True,
         text=True,

@@ -52,8 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "strategy": {"errors"},
     "memory": {"errors", "strategy"},
     "trainer": {
-        "batch", "checkpoint", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler", "model",
-        "metrics.__init__", "callbacks.reproducible",
+        "batch", "checkpoint", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler",
+        "model", "metrics.__init__", "callbacks.reproducible",
     },
     "run_folder": {"checkpoint", "files", "errors", "config", "distributed"},
     "trackers": {
@@ -71,9 +71,12 @@ ALLOWED: dict[str, set[str]] = {
         "config", "console", "distributed", "errors", "data.pipeline", "metrics.__init__", "model", "results",
         "run_folder", "strategy", "summary", "trackers", "trainer",
     },
-    "doctor": {
+    "checks": {
         "config", "console", "distributed", "errors", "callbacks.wandb", "data.hub", "data.pipeline", "data.source",
-        "data.transforms", "run_folder", "strategy", "trackers", "train", "trainer",
+        "data.transforms", "strategy", "trackers",
+    },
+    "doctor": {
+        "checks", "config", "console", "distributed", "errors", "run_folder", "strategy", "train", "trainer",
     },
     "plan": {
         "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "model", "schedule",

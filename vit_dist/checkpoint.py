@@ -61,8 +61,8 @@ def damage(checkpoint: Path) -> str | None:
         return reason
     if kind == "fsdp_sharded":
         for part in (f"{MODEL}_0", f"{OPTIMIZER}_0"):
-            if not (checkpoint / part / ".metadata").is_file():  # written last, by rank 0
-                return f"no {part}/.metadata"
+            if reason := _shares_damage(checkpoint / part):
+                return reason
     for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.bin"), *checkpoint.glob("global_step*/*.pt")]:
         if path.name != "training_args.bin" and not zipfile.is_zipfile(path):  # torch.save writes zip archives
             return f"{path.name} was cut short"
@@ -74,6 +74,21 @@ def damage(checkpoint: Path) -> str | None:
     except Exception as error:
         return f"{path.name}: {error}"
     return "no weights" if kind == "plain" and not weights else None
+
+
+def _shares_damage(folder: Path) -> str | None:
+    """The metadata, which rank 0 writes last, says where each tensor lies."""
+    try:
+        metadata: Any = dcp.FileSystemReader(folder).read_metadata()
+        ends: dict[str, int] = {}
+        for entry in metadata.storage_data.values():
+            ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+    except Exception:  # it is a pickle: anything can be wrong with half of one
+        return f"{folder.name}/.metadata is missing or was cut short"
+    for name, end in ends.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size < end:
+            return f"{folder.name}/{name} is missing or was cut short"
+    return None
 
 
 def _zero_damage(checkpoint: Path) -> str | None:
@@ -98,7 +113,7 @@ def obstacle(checkpoint: Path, strategy: str, world_size: int) -> str | None:
         return f"it was not written by DeepSpeed, and {strategy} reads no other; use ddp or fsdp2" if zero else None
     folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
     ranks, sharded = len(_zero_ranks(folder)), any(folder.glob("zero_pp_rank_*_model_states.pt"))
-    stages = "zero3" if sharded else "zero1 or zero2"
+    stages = "zero3 or zero3_offload" if sharded else "zero1 or zero2"
     if not zero or sharded != strategy.startswith("zero3"):
         return f"it was written by {stages} on {ranks} processes, and {strategy} cannot read it; use {stages} again"
     if ranks != world_size:

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
-import hashlib
-import json
 import os
 import platform
-import resource
-import shutil
 import socket
 import statistics
 import sys
@@ -24,7 +19,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,10 +26,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from vit_dist import console, distributed, run_folder
+from vit_dist import checks, console, distributed, run_folder
+from vit_dist.checks import MIB, Job, Process, Result, nearest_folder
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
-from vit_dist.train import _fail
+from vit_dist.train import fail
 
 HELP = f"""usage: vit-dist doctor [RECIPE] [--flag value ...]
 
@@ -47,44 +42,8 @@ for each check: ok, warn, skip, or FAIL with what to do. Exit code 0: nothing fa
 Recipes and flags are those of training: vit-dist train --help
 """
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
-MIB, GIB = 2**20, 2**30
 PATIENCE = 300  # seconds that a rank waits for the others
 REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a check found on one rank. `same` must be equal on all ranks; `cure` says what to do if it is not."""
-
-    status: str  # ok, warn, skip, FAIL
-    detail: str
-    same: Mapping[str, str] = field(default_factory=dict)
-    cure: str = ""
-
-
-@dataclass(frozen=True)
-class Process:
-    """What the other ranks need to know of one."""
-
-    host: str
-    device: str
-    driver: str
-    versions: Mapping[str, str]
-    cores: frozenset[int]  # that it may use
-    workers: int
-
-
-@dataclass(frozen=True)
-class Job:
-    config: Config
-    args: TrainingArguments
-    processes: Sequence[Process]  # by rank
-    strategy: Result
-
-    @property
-    def neighbours(self) -> list[Process]:
-        """The processes on this host, this one included."""
-        return [process for process in self.processes if process.host == socket.gethostname()]
 
 
 def doctor(config: Config) -> bool:
@@ -93,10 +52,10 @@ def doctor(config: Config) -> bool:
     from vit_dist.trainer import build_arguments
 
     idle_gpus = distributed.use_one_device()
-    precision = tried(check_precision, config)
+    precision = tried(checks.check_precision, config)
     with waiting("launch"):
         args = build_arguments(config)  # joins the process group
-    memory = tried(check_memory, args.device)  # before the first collective takes its share
+    memory = tried(checks.check_memory, args.device)  # before the first collective takes its share
     asked = tried(lambda: Result("ok", strategy.prepare(args)))
     with waiting("launch"):
         job = Job(config, args, distributed.gather(this_process(args)), asked)
@@ -107,13 +66,13 @@ def doctor(config: Config) -> bool:
     # What a broken network would hold up comes last, and what was found before is on the screen by then.
     stages: tuple[Callable[[], dict[str, Result | None]], ...] = (
         lambda: {
-            "launch": tried(check_launch, job, idle_gpus),
+            "launch": tried(checks.check_launch, job, idle_gpus),
             "strategy": asked,
             "precision": precision,
             "versions": Result("ok", "compared between all ranks", versions, "install the same versions on all hosts"),
-            "code": tried(check_code),
+            "code": tried(checks.check_code),
         },
-        lambda: {name: tried(check, job) for name, check in LOCAL.items()} | {"GPU memory": memory},
+        lambda: {name: tried(check, job) for name, check in checks.LOCAL.items()} | {"GPU memory": memory},
         lambda: {"run folder": check_run_folder(job)},
         lambda: {"all-reduce": check_all_reduce(args)},
     )
@@ -232,228 +191,15 @@ def _version(package: str) -> str:
         return "-"
 
 
-def check_precision(config: Config) -> Result:
-    from vit_dist import strategy
-
-    strategy.check_owners(config.precision)
-    return Result("ok", config.precision)
-
-
-def check_launch(job: Job, idle_gpus: int) -> Result:
-    distributed.check_launch(job.args)
-    if idle_gpus:
-        return Result("warn", f"one process, {idle_gpus} more GPUs are idle; use `vit-dist doctor` or torchrun")
-    hosts = {process.host for process in job.processes}
-    return Result("ok", f"world size {job.args.world_size}, as launched; hosts: {len(hosts)}")
-
-
-def check_code() -> Result:
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    code = digest.hexdigest()[:12]
-    return Result("ok", f"{package}, fingerprint {code}", {"code": code}, "install the same vit_dist on all hosts")
-
-
-def check_memory(device: torch.device) -> Result:
-    if device.type != "cuda":
-        return Result("skip", "no GPU is used")
-    free, total = torch.cuda.mem_get_info(device)
-    if free < 0.9 * total:
-        used = f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of {device} are in use"
-        return Result("warn", f"{used}; end the process that holds them (nvidia-smi) or set CUDA_VISIBLE_DEVICES")
-    return Result("ok", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free")
-
-
-def check_model(job: Job) -> Result:
-    from vit_dist.data.transforms import _find_model
-
-    options = job.config.model
-    missing = _missing_files(job.config)
-    if not missing:
-        where = "no files needed" if options.model == "tiny" else "in this folder"
-        return Result("ok", f"{options.model}, {where if _is_local(options.model) else 'in the cache'}")
-    if _is_local(options.model):
-        raise UserError(f"{options.model} lacks {', '.join(missing)}; give a folder written by `save_pretrained`")
-    if _find_model(options):
-        return Result("warn", f"{options.model} is not in the cache and will be downloaded at the start")
-    flags = f" --revision {options.model_revision}" if options.model_revision else ""
-    flags += f" --cache-dir {job.config.data.cache_dir}" if job.config.data.cache_dir else ""
-    raise UserError(
-        f"{options.model} is not in the cache (no {', '.join(missing)}), and {_no_hub()}; run "
-        f"`hf download {options.model}{flags}` where there is a network"
-    )
-
-
-def _is_local(model: str) -> bool:
-    return model == "tiny" or Path(model).is_dir()
-
-
-def _missing_files(config: Config) -> list[str]:
-    """Of the files that the model needs, those that are neither in its folder nor in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    name, revision = config.model.model, config.model.model_revision
-    if name == "tiny":
-        return []
-
-    def find(file: str) -> Path | None:
-        if _is_local(name):
-            return path if (path := Path(name, file)).is_file() else None
-        with contextlib.suppress(HFValidationError):
-            cached = try_to_load_from_cache(name, file, cache_dir=config.data.cache_dir, revision=revision)
-            return Path(cached) if isinstance(cached, str) else None
-        return None
-
-    wanted = [("config.json",), ("preprocessor_config.json", "processor_config.json")]
-    if not config.model.from_scratch:
-        wanted.append(("model.safetensors", "model.safetensors.index.json"))
-        if index := find("model.safetensors.index.json"):
-            wanted += [(shard,) for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [files[0] for files in wanted if not any(map(find, files))]
-
-
-def _no_hub() -> str:
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
-    return "HF_HUB_OFFLINE is set" if offline else "the Hugging Face hub cannot be reached"
-
-
-def check_data(job: Job) -> Result:
-    """Read what there is, without a network: a data set that has to be downloaded first is said, not downloaded."""
-    from vit_dist.data.hub import _hub_commit, _offline
-    from vit_dist.data.pipeline import build_data
-    from vit_dist.data.source import _looks_like_path
-
-    options = dataclasses.replace(job.config.data, verify_images=False)
-    on_hub = options.data != "digits" and not Path(options.data).expanduser().exists()
-    if on_hub and not _looks_like_path(options.data) and not _in_datasets_cache(job.config):
-        if not _hub_commit(options.data, options.data_revision)[1]:
-            return Result("warn", f"{options.data} is not in the cache and will be downloaded at the start")
-        raise UserError(
-            f"{options.data} is not in the cache, and {_no_hub()}; where there is a network run `hf download "
-            f"{options.data} --repo-type dataset --local-dir FOLDER`, then pass --data FOLDER"
-        )
-    # The images are the same whatever the model; what is wrong with the model is another check's to say.
-    model = job.config.model if not _missing_files(job.config) else dataclasses.replace(job.config.model, model="tiny")
-    with _offline(True):
-        data = build_data(options, model, job.config.data_seed, console.progress)
-    record = data.record
-    fingerprint, classes = record["fingerprint"][:12], f"{len(data.classes)} ({record['classes'][:12]})"
-    order = [split for split in ("train", "validation", "test") if split in record["splits"]]
-    images = {split: record["splits"][split]["images"] for split in order}
-    splits = ", ".join(f"{split} {count:,}" for split, count in images.items())
-    return Result(
-        "ok",
-        f"{sum(images.values()):,} images ({splits}), {len(data.classes)} classes, fingerprint {fingerprint}",
-        {"fingerprint": fingerprint, "list of classes": classes},
-        "all hosts must see the same files",
-    )
-
-
-def _in_datasets_cache(config: Config) -> bool:
-    """Whether `datasets` has a converted copy: offline it takes nothing else, not even what `hf download` fetched."""
-    import datasets
-
-    from vit_dist.data.hub import _offline, datasets_cache
-
-    options = config.data
-    with _offline(True), contextlib.suppress(Exception):  # whatever a broken cache leads to
-        folder = datasets_cache(options.cache_dir)
-        datasets.load_dataset_builder(
-            options.data, name=options.data_config, revision=options.data_revision, cache_dir=folder
-        )
-        return True
-    return False
-
-
-def check_shm(job: Job) -> Result:
-    """Workers hand their batches over in shared memory; one too many and they die with a bus error."""
-    workers, args = sum(process.workers for process in job.neighbours), job.args
-    if not workers:
-        return Result("skip", "no data loading workers (dataloader_num_workers 0)")
-    batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-    image = 3 * (job.config.model.image_size or 224) ** 2 * 4
-    need = workers * ((args.dataloader_prefetch_factor or 2) + 1) * batch * image
-    free = shutil.disk_usage("/dev/shm").free
-    state = f"{free / MIB:,.0f} MiB free, batches of the workers take about {need / MIB:,.0f} MiB"
-    cure = "start the container with --shm-size 16g or --ipc host, or lower --dataloader_num_workers"
-    if free < need:
-        return Result("FAIL", f"{state}; {cure}")
-    return Result("warn", f"{state}, which is close; {cure}") if free < 2 * need else Result("ok", state)
-
-
-def check_files(job: Job) -> Result:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit == resource.RLIM_INFINITY or limit >= 4096:
-        return Result("ok", "no limit" if limit == resource.RLIM_INFINITY else f"{limit:,} allowed")
-    return Result("FAIL" if limit < 256 else "warn", f"only {limit:,} allowed; run `ulimit -n 65536` before the launch")
-
-
-def check_cores(job: Job) -> Result:
-    processes, workers = len(job.neighbours), sum(process.workers for process in job.neighbours)
-    cores = len(frozenset().union(*(process.cores for process in job.neighbours)))
-    state = f"{cores} for {processes} process{'es' if processes > 1 else ''} with {workers} workers in all"
-    if max(workers, processes) <= cores:
-        return Result("ok", state)
-    cure = f"pass --dataloader_num_workers {max(0, cores // processes - 1)}" if workers > cores else "start fewer"
-    return Result("warn", f"only {state}; {cure}")
-
-
-def check_disk(job: Job) -> Result | None:
-    if job.args.process_index:
-        return None  # rank 0 writes the checkpoints
-    levels = _levels(job.config)
-    free = shutil.disk_usage(levels[_existing(levels)]).free / GIB
-    state = f"{free:,.1f} GiB free for {job.config.output_dir}"
-    if free >= 10:  # a checkpoint of ViT-B with its optimizer is 1 GiB, of ViT-L 3.4; save_total_limit 2 writes a third
-        return Result("ok", state)
-    cure = "make room, choose another --output_dir, or lower --save_total_limit"
-    return Result("FAIL" if free < 1 else "warn", f"only {state}; {cure}")
-
-
-def check_wandb(job: Job) -> Result | None:
-    """Never a failure: training goes on without it."""
-    from vit_dist.callbacks.wandb import _base_url, _mode, _unreachable
-    from vit_dist.trackers import wants_wandb
-
-    if job.args.process_index:
-        return None
-    if not wants_wandb(job.config):
-        asked = job.config.training["report_to"] is not None
-        return Result("skip", "--report_to leaves it out" if asked else "not logged in; `wandb login` turns it on")
-    mode, reason = _mode(os.environ)
-    if mode == "disabled":
-        return Result("warn", f"off ({reason}) though --report_to asks for it; unset the variable")
-    if mode == "online":
-        if problem := _unreachable(_base_url(os.environ)):
-            return Result("warn", f"offline ({problem}); `wandb sync` the run afterwards, where there is a network")
-        return Result("ok", f"logged in, {_base_url(os.environ)} answers")
-    if reason == "not logged in":
-        return Result("warn", f"offline ({reason}); `wandb login` or set WANDB_API_KEY, or `wandb sync` it afterwards")
-    return Result("ok", f"offline ({reason}); `wandb sync` it afterwards")
-
-
-LOCAL: dict[str, Callable[[Job], Result | None]] = {
-    "model": check_model,  # before the data: asks for the hub first, and remembers if there is none
-    "data": check_data,
-    "/dev/shm": check_shm,
-    "open files": check_files,
-    "cores": check_cores,
-    "disk": check_disk,
-    "W&B": check_wandb,
-}
-
-
 def check_run_folder(job: Job) -> Result:
     """Every rank leaves a file where the run will be and looks for rank 0's (all ranks participate)."""
-    levels, mine = _levels(job.config), tried(_leave_file, job)
-    path = None if isinstance(mine, Result) else levels[mine[0]] / mine[1]
+    folder = Path(os.path.abspath(job.config.output_dir))
+    levels, mine = [folder, *folder.parents], tried(_leave_file, job)
+    path = mine if isinstance(mine, Path) else None
     try:
         with waiting("run folder", leftover=path):
             # By level, not by path: what rank 0 calls runs/a may be mounted elsewhere here.
-            first = distributed.gather(mine if path else None)[0]
+            first = distributed.gather((levels.index(path.parent), path.name) if path else None)[0]
             seen = first is None or tried(_appears, levels[first[0]] / first[1])
             distributed.gather(None)  # all have looked
     finally:
@@ -468,27 +214,16 @@ def check_run_folder(job: Job) -> Result:
     return Result("ok", f"{job.config.output_dir} can be written{shared}")
 
 
-def _leave_file(job: Job) -> tuple[int, str]:
-    """An empty file in the nearest folder that is there: how far above the run folder, and its name."""
+def _leave_file(job: Job) -> Path:
+    """An empty file in the run folder, or in the nearest folder above it."""
     if job.args.process_index == 0 and job.strategy.status == "ok":
         run_folder.inspect(job.config, job.strategy.detail, job.args.world_size)  # what `train` would refuse
-    levels = _levels(job.config)
-    level = _existing(levels)
-    if not levels[level].is_dir():
-        raise UserError(f"{levels[level]} is a file; choose another --output_dir")
-    handle, path = tempfile.mkstemp(prefix=".vit_dist-doctor-", dir=levels[level])
+    folder = nearest_folder(job.config)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --output_dir")
+    handle, path = tempfile.mkstemp(prefix=".vit_dist-doctor-", dir=folder)
     os.close(handle)
-    return level, Path(path).name
-
-
-def _levels(config: Config) -> list[Path]:
-    folder = Path(os.path.abspath(config.output_dir))
-    return [folder, *folder.parents]
-
-
-def _existing(levels: Sequence[Path]) -> int:
-    """The first of these folders that is there: the run folder, or the nearest one above it."""
-    return next(level for level, folder in enumerate(levels) if folder.exists())
+    return Path(path)
 
 
 def _appears(path: Path, seconds: float = 5.0) -> bool:
@@ -547,11 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.leave()
         return int(failed)
     except UserError as error:
-        return _fail(f"error: {error}", 2)
+        return fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return fail("interrupted", 130)
     except Exception:
-        return _fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
+        return fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
 
 
 if __name__ == "__main__":

@@ -66,16 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.leave()
         return 0
     except UserError as error:
-        return _fail(f"error: {error}", 2)
+        return fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted; the same command goes on from the last checkpoint, or anew if there is none yet", 130
-        )
+        return fail("interrupted; the same command goes on from the last checkpoint, or anew if there is none yet", 130)
     except Exception:
-        return _fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
+        return fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
     """Show the first failure of the job, and no other; then leave without another collective."""
     if distributed.first_to_fail():
         console.show_error(message)

@@ -67,7 +67,7 @@ class WandbCallback(TrainerCallback):
 
     def open(self) -> str:
         """Starts the run and returns one line that says where it goes: a URL, a `wandb sync` line, or nowhere."""
-        mode, reason = _mode(os.environ)
+        mode, reason = wandb_mode(os.environ)
         if mode == "disabled":
             return f"W&B: off ({reason})"
         try:
@@ -125,7 +125,7 @@ class WandbCallback(TrainerCallback):
 
     def _start_online(self) -> str:
         """Starts an online run; if that fails, says why."""
-        if problem := _unreachable(_base_url(os.environ)):
+        if problem := unreachable(base_url(os.environ)):
             return problem
         try:
             self._start("online")
@@ -213,11 +213,11 @@ def logged_in(environ: Mapping[str, str] = os.environ) -> bool:
     named = [Path(environ["NETRC"]).expanduser()] if environ.get("NETRC") else []
     for path in named or [home / ".netrc", home / "_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError):
-            return netrc.netrc(path).authenticators(urlsplit(_base_url(environ)).netloc) is not None
+            return netrc.netrc(path).authenticators(urlsplit(base_url(environ)).netloc) is not None
     return False
 
 
-def _mode(environ: Mapping[str, str]) -> tuple[str, str]:
+def wandb_mode(environ: Mapping[str, str]) -> tuple[str, str]:
     """`online`, `offline` or `disabled`, and why."""
     mode = environ.get("WANDB_MODE", "").lower()
     if environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
@@ -231,7 +231,7 @@ def _mode(environ: Mapping[str, str]) -> tuple[str, str]:
     return "online", ""
 
 
-def _base_url(environ: Mapping[str, str]) -> str:
+def base_url(environ: Mapping[str, str]) -> str:
     """The API's address: from the environment, else as `wandb login --host` left it, else the public one."""
     if url := environ.get("WANDB_BASE_URL"):
         return url.rstrip("/")
@@ -242,7 +242,7 @@ def _base_url(environ: Mapping[str, str]) -> str:
     return settings.get("default", "base_url", fallback="https://api.wandb.ai").rstrip("/")
 
 
-def _unreachable(url: str) -> str | None:
+def unreachable(url: str) -> str | None:
     """Why there is no point in going online, or None if the server (through a proxy, if one is set) answers.
 
     wandb itself retries for half a minute; a cluster without a network should not wait for that.

@@ -23,9 +23,9 @@ def load_hub(data: str, options: DataOptions) -> tuple[dict[str, datasets.Datase
 
     Its splits by name, and its commit if known. Raises `UserError` within seconds if it cannot be had.
     """
-    commit, unreachable = _hub_commit(data, options.data_revision)
+    commit, unreachable = hub_commit(data, options.data_revision)
     try:
-        with _offline(unreachable):
+        with offline(unreachable):
             builder = datasets.load_dataset_builder(
                 data,
                 name=options.data_config,
@@ -45,7 +45,7 @@ def load_hub(data: str, options: DataOptions) -> tuple[dict[str, datasets.Datase
     return dict(splits), commit
 
 
-def _hub_commit(data: str, revision: str | None) -> tuple[str | None, bool]:
+def hub_commit(data: str, revision: str | None) -> tuple[str | None, bool]:
     """The commit that `revision` names now, and whether the hub is out of reach (so that nobody can tell).
 
     One request without retries: loading would try for half a minute before it says that there is no network.
@@ -80,7 +80,7 @@ def _hub_commit(data: str, revision: str | None) -> tuple[str | None, bool]:
 
 
 @contextmanager
-def _offline(active: bool) -> Iterator[None]:
+def offline(active: bool) -> Iterator[None]:
     """Keep the libraries from asking the hub again: they look into their caches at once."""
     import huggingface_hub.constants as hub
 

@@ -59,7 +59,7 @@ def load_source(options: DataOptions) -> Source:
         return _digits(options)
     path = Path(data).expanduser()
     if not data or not os.path.exists(path):
-        if data and not _looks_like_path(data):
+        if data and not looks_like_path(data):
             splits, commit = load_hub(data, options)
             return _from_splits(splits, data, "Hugging Face hub", options, commit)
         raise UserError(f"--data {data}: there is no such file or folder{_near_miss(path)}")
@@ -73,7 +73,7 @@ def load_source(options: DataOptions) -> Source:
     return _folder(path, options)
 
 
-def _looks_like_path(data: str) -> bool:
+def looks_like_path(data: str) -> bool:
     return data.startswith((".", "/", "~", "\\")) or data.count("/") > 1 or extension(data) in TABLE_EXTENSIONS
 
 

@@ -41,7 +41,7 @@ def load_processor(options: ModelOptions, cache_dir: str | None = None) -> Any:
     if options.model == "tiny":
         side = size or TINY_IMAGE_SIZE
         return ViTImageProcessorPil(size={"height": side, "width": side})
-    reachable = _find_model(options)
+    reachable = find_model(options)
     try:
         processor = load(
             options.model, revision=options.model_revision, cache_dir=cache_dir, backend="pil", trust_remote_code=False
@@ -59,7 +59,7 @@ def load_processor(options: ModelOptions, cache_dir: str | None = None) -> Any:
     return processor if size is None else _resized(processor, size, options.model)
 
 
-def _find_model(options: ModelOptions) -> bool:
+def find_model(options: ModelOptions) -> bool:
     """Whether the model is a folder or the hub answers; if it does not, only the cache is looked into from here on.
 
     One request without retries: loading would try for minutes before it says that there is no network.

@@ -1,0 +1,135 @@
+"""`vit-dist plan`: what a run would do elsewhere, without starting anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import results, run
+from transformers import ViTConfig, ViTForImageClassification
+
+from vit_dist import memory, plan
+from vit_dist.strategy import mark_blocks
+
+
+def planned(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    assert plan.main(["--json", *map(str, args)]) in (0, 1)
+    return json.loads(capsys.readouterr().out)
+
+
+def big_checkpoint(folder: Path, layers: int = 40) -> Path:
+    """The configuration and processor of a model of about 2 billion parameters; there are no weights."""
+    from transformers import ViTImageProcessorPil
+
+    config = ViTConfig(hidden_size=2048, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=8192)
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(folder)
+    ViTImageProcessorPil().save_pretrained(folder)
+    return folder
+
+
+def test_the_arithmetic_is_that_of_the_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path, checkpoint: Path
+) -> None:
+    flags = ["--data", photos, "--model", checkpoint, "--output_dir", tmp_path / "run", "--num_train_epochs", 2,
+             "--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate_reference_batch", 2,
+             "--learning_rate_scaling", "sqrt", "--report_to", "none", "--lr_scheduler_type", "cosine"]  # fmt: skip
+    found = planned(capsys, "--gpus", 2, *flags)
+    assert found["batch"] == {"per_device": 4, "world_size": 2, "accumulation": 1, "global": 8}
+    assert found["steps"] == {"epoch": 5, "all": 10, "warmup": 0}
+    assert found["learning_rate"]["actual"] == pytest.approx(2 * found["learning_rate"]["recipe"])
+    done = run(*flags)
+    assert "8 = 4 per device x 1 device x 2 accumulation" in done.stdout
+    assert f"{found['learning_rate']['actual']:g} = " in done.stdout and "sqrt, from a batch of 2" in done.stdout
+    assert results(tmp_path / "run")["train_steps"] == 10
+    again = planned(capsys, "--gpus", 2, "--time_limit", "0:00:01", *flags)  # the folder knows a speed now
+    speed = results(tmp_path / "run")["train_samples_per_second"]
+    assert again["time"]["images_per_second"] == pytest.approx(2 * speed)
+    assert again["time"]["seconds"] == pytest.approx(80 / (2 * speed))
+    assert again["time"]["limit"] == 1
+
+
+def test_auto_is_ddp_for_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "digits", "--gpus", 8, "--nodes", 2, "--gpu", "h100")
+    assert (found["strategy"], found["fits"]) == ("ddp", True)
+    assert "nothing is faster" in found["why"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "strategy"),
+    [
+        (["--gpus", 8, "--gpu", "h100"], "ddp"),  # 32 GB of state on 80 GB
+        (["--gpus", 8, "--gpu", "rtx4090"], "zero1"),  # 12 GB with the optimizer sharded
+        (["--gpus", 8, "--gpu_memory", 16, "--gradient_accumulation_steps", 2], "zero2"),  # whole gradients between
+        (["--gpus", 8, "--gpu_memory", 10], "fsdp2"),
+        (["--gpus", 8, "--nodes", 2, "--gpu_memory", 10], "hsdp"),
+        (["--gpus", 1, "--gpu", "h100"], "single"),
+    ],
+)
+def test_auto_shards_no_more_than_it_must(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path, flags: list[Any], strategy: str
+) -> None:
+    model = big_checkpoint(tmp_path / "big")
+    found = planned(capsys, "--data", photos, "--model", model, "--per_device_train_batch_size", 1, *flags)
+    assert found["strategy"] == strategy, {name: row["total"] / 1e9 for name, row in found["strategies"].items()}
+    assert found["parameters"]["all"] == pytest.approx(2.0e9, rel=0.05)
+
+
+def test_what_does_not_fit_has_exit_code_1_and_advice(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path
+) -> None:
+    model = big_checkpoint(tmp_path / "big")
+    flags = ["--data", photos, "--model", model, "--per_device_train_batch_size", 512]
+    assert plan.main([*map(str, flags), "--gpus", "2", "--gpu", "t4"]) == 1
+    assert "nothing fits; lower --per_device_train_batch_size" in capsys.readouterr().out
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_bf16() -> None:
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig())
+    mark_blocks(model)
+    fp32, bf16 = (memory.activations(model, 224, precision, False) for precision in ("fp32", "bf16"))
+    light = memory.activations(model, 224, "bf16", True)
+    assert fp32.of(64) == fp32.fixed + 64 * fp32.per_image
+    # A block keeps some 17 widths of 197 tokens: Korthikanti et al. 2022, arXiv 2205.05198, without the attention
+    # matrix, which is not kept, and without dropout.
+    assert fp32.per_image == pytest.approx(12 * 197 * 768 * 17 * 4, rel=0.15)
+    assert 0.5 < bf16.per_image / fp32.per_image < 0.75
+    assert light.per_image < 0.25 * bf16.per_image
+    assert bf16.fixed == pytest.approx(2 * 85.8e6, rel=0.05), "autocast's copies of the weights"
+
+
+def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch\nfrom vit_dist import plan\n"
+        "code = plan.main(['digits', '--gpus', '4', '--gpu', 'h100', '--output_dir', sys.argv[1]])\n"
+        "assert code == 0 and not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
+    )
+    environ = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=environ, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--gpu", "h1000"], "--gpu h1000: not in the list"),
+        (["--gpus", 0], "--gpus 0: give at least 1"),
+        (["--time_limit", "4h"], "--time_limit 4h: give h:mm:ss"),
+        (["--strategy", "ddp"], "--strategy ddp is not for 1 x 1 GPUs"),
+        (["--strategy", "zero9"], "invalid choice: 'zero9'"),
+        (["--global_batch_size", 33], "the nearest that can: 32 and 64"),
+        (["--learnin_rate", 1], "did you mean --learning_rate?"),
+    ],
+)
+def test_a_wrong_command_is_one_line(capsys: pytest.CaptureFixture[str], flags: list[Any], told: str) -> None:
+    assert plan.main(["digits", *map(str, flags)]) == 2
+    error = capsys.readouterr().err
+    assert told in error and len(error.splitlines()) == 1

@@ -1,0 +1,304 @@
+"""One training problem under every strategy: the same curve, exact metrics, exact resumption, one export.
+
+Real launches of two processes, each once for all tests. A run is cut by hand where a kill right after a checkpoint
+would leave it; real kills are in test_resume.py and at the end of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import CONFIGS, command, losses, results, rows, run, write_photos
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, EvalPrediction, ViTConfig, ViTForImageClassification
+
+from vit_dist import memory
+from vit_dist.checkpoint import damage, layout, obstacle
+from vit_dist.config import load_config
+from vit_dist.data.pipeline import build_data
+from vit_dist.metrics import ClassificationMetrics
+from vit_dist.strategy import mark_blocks
+
+STEPS = 20
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+STRATEGIES = ("ddp", *ZERO, "fsdp2", "fsdp2_full")
+LAYOUTS = {"ddp": "plain", "fsdp2": "fsdp_sharded", "fsdp2_full": "fsdp_full", "hsdp": "fsdp_sharded"}
+ARGS = [
+    "--max_steps", STEPS, "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_steps", 10, "--save_total_limit", 9,
+    "--metric_for_best_model", "loss", "--dataloader_num_workers", 0, "--report_to", "none",
+]  # fmt: skip
+HSDP = ["--use_fsdp", "--fsdp_version", 2, "--use_parallelism_config", "--parallelism_config_dp_replicate_size", 2,
+        "--parallelism_config_dp_shard_size", 2]  # fmt: skip
+
+without_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None and "REQUIRE_DEEPSPEED" not in os.environ, reason="DeepSpeed is not installed"
+)
+
+
+def needing(cases: Sequence[Any]) -> list[Any]:
+    """Cases (a strategy, or a tuple that begins with one), of which those of ZeRO need DeepSpeed."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[without_deepspeed] if case[0].startswith("zero") else []) for case in cases]
+
+
+@dataclass
+class Lab:
+    """Starts runs of the one problem, and remembers them."""
+
+    root: Path
+    args: list[Any]
+
+    def launch(self, name: str, strategy: str, *args: Any, expect: int = 0, **env: str) -> Any:
+        """`strategy` in the folder `name`; two processes, four for hsdp, one for single."""
+        processes = {"single": 1, "hsdp": 4}.get(strategy, 2)
+        config = self.root / "fsdp2_full.yaml" if strategy == "fsdp2_full" else CONFIGS / f"{strategy}.yaml"
+        done = run(
+            *self.args, "--output_dir", self.root / name, *args, launcher="accelerate", processes=processes,
+            config=config, launch=HSDP if strategy == "hsdp" else [], expect=expect, **env,
+        )  # fmt: skip
+        (self.root / f"{name}.log").write_text(done.stdout + done.stderr)
+        return done
+
+    def whole(self, strategy: str, accumulation: int = 1) -> Path:
+        """A run from start to end; with one micro-batch to a step it is observed (observed_train.py)."""
+        folder = self.root / f"{strategy}_{accumulation}"
+        if not folder.exists():
+            processes = {"single": 1, "hsdp": 4}.get(strategy, 2)
+            seen = folder.with_suffix(".seen")
+            seen.mkdir()
+            self.launch(
+                folder.name, strategy, "--per_device_train_batch_size", 8 // processes // accumulation,
+                "--global_batch_size", 8, module="observed_train", OBSERVED=str(seen),
+                PYTHONPATH=str(Path(__file__).parent),
+            )  # fmt: skip
+        return folder
+
+    def cut(self, source: Path, name: str) -> Path:
+        """A copy of a run as it was right after its first checkpoint."""
+        folder = self.root / name
+        shutil.copytree(source, folder)
+        shutil.rmtree(folder / f"checkpoint-{STEPS}")
+        shutil.rmtree(folder / "best")
+        (folder / "all_results.json").unlink()
+        (folder / "status.json").write_text(json.dumps({"state": "running"}))
+        return folder
+
+    def resumed(self, source: Path, strategy: str, name: str, accumulation: int) -> Path:
+        folder = self.cut(source, name)
+        processes = {"single": 1, "hsdp": 4}.get(strategy, 2)
+        per_device = 8 // processes // accumulation
+        done = self.launch(name, strategy, "--per_device_train_batch_size", per_device, "--global_batch_size", 8)
+        assert "from checkpoint-10" in done.stdout
+        return folder
+
+
+@pytest.fixture(scope="module")
+def lab(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    root = tmp_path_factory.mktemp("strategies")
+    config = (CONFIGS / "fsdp2.yaml").read_text()
+    (root / "fsdp2_full.yaml").write_text(config.replace("SHARDED_STATE_DICT", "FULL_STATE_DICT"))
+    return Lab(root, ["--data", photos, "--model", checkpoint, *ARGS])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "best" / "model.safetensors")
+
+
+def difference(one: Path, other: Path) -> float:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[key].float() - b[key].float()).abs().max()) for key in a)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("strategy", needing(STRATEGIES[:-1]))
+def test_the_curve_is_that_of_one_process(
+    lab: Lab, strategy: str, accumulation: int, record_property: Callable[[str, object], None]
+) -> None:
+    one, other = losses(lab.whole("single")), losses(lab.whole(strategy, accumulation))
+    assert list(one) == list(other) == list(range(1, STEPS + 1))
+    assert max(one.values()) - min(one.values()) > 0.5, "a curve that does not move proves nothing"
+    record_property("largest difference", max(abs(one[step] - other[step]) for step in one))
+    assert other == pytest.approx(one, abs=5e-4)
+    assert difference(lab.whole("single"), lab.whole(strategy, accumulation)) < 5e-4
+
+
+def test_hsdp_has_the_curve_of_one_process(lab: Lab) -> None:
+    """Four processes: two replicas of two shards."""
+    assert losses(lab.whole("hsdp")) == pytest.approx(losses(lab.whole("single")), abs=5e-4)
+
+
+@pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))
+def test_the_record_names_the_strategy(lab: Lab, strategy: str) -> None:
+    record = json.loads((lab.whole(strategy) / "run.json").read_text())
+    assert (record["strategy"], record["global_batch_size"]) == (strategy, 8)
+    assert layout(lab.whole(strategy) / "checkpoint-10") == LAYOUTS.get(strategy, "zero")
+
+
+@pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))
+def test_a_plain_process_loads_the_export_and_gets_the_same_metrics(lab: Lab, strategy: str) -> None:
+    folder = lab.whole(strategy)
+    model = AutoModelForImageClassification.from_pretrained(folder / "best").eval()
+    config = load_config(list(map(str, lab.args)))
+    data = build_data(config.data, config.model, config.data_seed, lambda what: lambda done, total: None)
+    for name, dataset in (("eval", data.validation), ("test", data.test)):
+        assert dataset is not None
+        items = dataset.__getitems__(list(range(len(dataset))))
+        with torch.no_grad():
+            logits = model(torch.stack([item["pixel_values"] for item in items])).logits.numpy()
+        labels = np.asarray([item["labels"] for item in items])
+        own = ClassificationMetrics(data.classes)(EvalPrediction(predictions=logits, label_ids=labels))
+        for key, value in own.items():
+            assert results(folder)[f"{name}_{key}"] == pytest.approx(value, abs=1e-6), key
+
+
+@pytest.mark.parametrize("strategy", needing(STRATEGIES[1:]))
+def test_a_resumed_run_ends_with_the_same_bits(lab: Lab, strategy: str) -> None:
+    accumulation = 1 if strategy == "fsdp2_full" else 2
+    whole = lab.whole(strategy, accumulation)
+    again = lab.resumed(whole, strategy, f"{strategy}_again", accumulation)
+    assert (whole / "best/model.safetensors").read_bytes() == (again / "best/model.safetensors").read_bytes()
+    assert results(again)["best_step"] == STEPS, "else the weights are those of the checkpoint itself"
+    timing = ("runtime", "per_second")
+    kept = [[{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows(f)] for f in (whole, again)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    ("wrote", "resumes"),
+    [("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "single"), ("fsdp2_full", "single"), ("single", "fsdp2_full"),
+     ("fsdp2", "fsdp2_full")],
+)  # fmt: skip
+def test_another_strategy_and_number_of_processes_goes_on(lab: Lab, wrote: str, resumes: str) -> None:
+    folder = lab.resumed(lab.whole(wrote), resumes, f"{wrote}_to_{resumes}", 1)
+    assert results(folder)["best_step"] == STEPS
+    assert difference(lab.whole("single"), folder) < 5e-4
+
+
+@without_deepspeed
+@pytest.mark.parametrize(("wrote", "resumes"), [("zero1", "zero2"), ("zero3", "zero3_offload")])
+def test_a_zero_checkpoint_goes_on_under_its_neighbour(lab: Lab, wrote: str, resumes: str) -> None:
+    folder = lab.resumed(lab.whole(wrote), resumes, f"{wrote}_to_{resumes}", 1)
+    assert results(folder)["best_step"] == STEPS
+    assert difference(lab.whole("single"), folder) < 5e-4
+
+
+@without_deepspeed
+def test_what_cannot_be_resumed_is_refused_and_left_alone(lab: Lab) -> None:
+    folder = lab.cut(lab.whole("zero2"), "zero2_not_ddp")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    refused = lab.launch(folder.name, "ddp", "--per_device_train_batch_size", 4, expect=1)
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "checkpoint-10 cannot be resumed" in errors[0], refused.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@without_deepspeed
+def test_each_obstacle_is_named_with_a_way_around_it(lab: Lab) -> None:
+    zero2, zero3, ddp, fsdp2 = (lab.whole(name) / "checkpoint-10" for name in ("zero2", "zero3", "ddp", "fsdp2"))
+    assert "written by zero1 or zero2 on 2 processes, and ddp" in (obstacle(zero2, "ddp", 2) or "")
+    assert "use zero3 or zero3_offload again" in (obstacle(zero3, "zero2", 2) or "")
+    assert "not written by DeepSpeed" in (obstacle(ddp, "zero2", 2) or "")
+    assert "cannot spread it over 4; start 2 processes" in (obstacle(zero2, "zero1", 4) or "")
+    for checkpoint, strategy, world_size in (
+        (zero2, "zero1", 2), (zero3, "zero3_offload", 2), (ddp, "hsdp", 8), (fsdp2, "single", 1), (fsdp2, "ddp", 3),
+    ):  # fmt: skip
+        assert obstacle(checkpoint, strategy, world_size) is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "file"),
+    needing((
+        ("zero2", "global_step10/zero_pp_rank_1_mp_rank_00_optim_states.pt"), ("zero2", "latest"),
+        ("zero3", "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        ("fsdp2", "optimizer_0/.metadata"), ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
+        ("fsdp2_full", "optimizer.bin"), ("ddp", "model.safetensors"),
+    )),
+)  # fmt: skip
+def test_a_share_that_is_missing_or_cut_short_is_noticed(lab: Lab, tmp_path: Path, strategy: str, file: str) -> None:
+    checkpoint = tmp_path / "checkpoint-10"
+    shutil.copytree(lab.whole(strategy) / "checkpoint-10", checkpoint)
+    assert damage(checkpoint) is None
+    if file != "latest":
+        os.truncate(checkpoint / file, (checkpoint / file).stat().st_size // 2)
+        assert damage(checkpoint), "cut short"
+    (checkpoint / file).unlink()
+    assert damage(checkpoint), "missing"
+
+
+@pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))
+def test_the_memory_estimate_is_what_a_rank_holds(lab: Lab, strategy: str) -> None:
+    seen = json.loads((lab.whole(strategy).with_suffix(".seen") / "0.json").read_text())
+    config = ViTConfig.from_pretrained(lab.whole(strategy) / "best")
+    with torch.device("meta"):
+        model = ViTForImageClassification(config)
+    mark_blocks(model)
+    shards = 1 if strategy == "ddp" else 2
+    expected = memory.state(
+        strategy, memory.Tensors.of(model), shards=shards, precision="fp32", optim="adamw_torch_fused"
+    )
+    optimizer = expected.optimizer
+    if strategy == "zero3_offload":  # on the host with the gradients' shares, which are written there
+        optimizer = expected.host - memory.FP32 * (memory.Tensors.of(model).parameters // shards)
+    padding = 64 if strategy.startswith("zero") else 0  # DeepSpeed aligns its flat tensors
+    assert seen["parameters"] == expected.parameters
+    assert abs(seen["gradients"] - expected.gradients) <= padding
+    assert abs(seen["optimizer"] - optimizer) <= padding
+
+
+@pytest.mark.parametrize("strategy", needing(("ddp", "zero2", "zero3", "fsdp2")))
+def test_bf16_with_activation_checkpointing(lab: Lab, strategy: str) -> None:
+    name = f"{strategy}_bf16"
+    lab.launch(name, strategy, "--bf16", "--activation_checkpointing", "--per_device_train_batch_size", 4)
+    one, other = losses(lab.whole("single")), losses(lab.root / name)
+    assert other == pytest.approx(one, abs=0.1)
+    kinds = {tensor.dtype for tensor in weights(lab.root / name).values()}
+    assert kinds == {torch.bfloat16 if strategy.startswith("zero") else torch.float32}
+
+
+@pytest.mark.parametrize("strategy", needing(("ddp", "zero2", "fsdp2")))
+def test_a_rank_that_is_killed_ends_the_others_within_seconds(lab: Lab, strategy: str) -> None:
+    folder = lab.root / f"{strategy}_killed"
+    launched = subprocess.Popen(
+        command("accelerate", 2, *lab.args, "--output_dir", folder, "--max_steps", 100_000, "--eval_strategy", "no",
+                config=CONFIGS / f"{strategy}.yaml"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not losses(folder) and time.monotonic() < deadline and launched.poll() is None:
+        time.sleep(0.05)
+    family = psutil.Process(launched.pid).children(recursive=True)
+    workers = [one for one in family if one.environ().get("RANK") == "1" and "vit_dist.train" in one.cmdline()]
+    killed = time.monotonic()
+    workers[0].kill()
+    output = launched.communicate(timeout=60)[0]
+    assert time.monotonic() - killed < 10, output
+    assert launched.returncode != 0
+    assert not psutil.wait_procs(family, timeout=1)[1], "a process was left behind"
+
+
+@pytest.mark.parametrize("strategy", needing(("zero2", "fsdp2")))
+def test_the_first_failure_is_the_one_that_is_shown(lab: Lab, strategy: str, tmp_path: Path, checkpoint: Path) -> None:
+    data = write_photos(tmp_path / "photos", {"train": 37, "validation": 5})
+    broken = sorted((data / "train" / "cat").iterdir())[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    failed = run(
+        "--data", data, "--model", checkpoint, *ARGS, "--verify_images", "false", "--output_dir", tmp_path / "run",
+        "--per_device_train_batch_size", 4, launcher="accelerate", processes=2,
+        config=CONFIGS / f"{strategy}.yaml", expect=1,
+    )  # fmt: skip
+    shown = [line for line in failed.stderr.splitlines() if line.startswith("rank ") and line.endswith(" failed")]
+    assert len(shown) == 1 and f"cat/{broken.name}" in failed.stderr
