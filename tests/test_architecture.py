@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "options"},
     "console": set(),
     "distributed": {"errors"},
+    "entry": {"console", "distributed", "errors"},
     "data.__init__": set(),
     "data.cache": {"errors"},
     "data.columns": {"errors", "options"},
@@ -68,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "trackers", "trainer",
     },
     "train": {
-        "config", "console", "distributed", "errors", "data.pipeline", "metrics.__init__", "model", "results",
+        "config", "console", "distributed", "entry", "data.pipeline", "metrics.__init__", "model", "results",
         "run_folder", "strategy", "summary", "trackers", "trainer",
     },
     "checks": {
@@ -76,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.transforms", "strategy", "trackers",
     },
     "doctor": {
-        "checks", "config", "console", "distributed", "errors", "run_folder", "strategy", "train", "trainer",
+        "checks", "config", "console", "distributed", "entry", "errors", "run_folder", "strategy", "trainer",
     },
     "plan": {
         "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "model", "schedule",

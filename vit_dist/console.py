@@ -31,6 +31,9 @@ def set_up(rank: int) -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # bars for taking rows out of a table
     if rank:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # Deprecations and first-use notes of PyTorch's collectives, called by Accelerate and DeepSpeed: not the user's.
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level
     for name in ("datasets", "accelerate", "huggingface_hub", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

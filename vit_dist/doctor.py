@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,11 +25,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from vit_dist import checks, console, distributed, run_folder
+from vit_dist import checks, console, distributed, entry, run_folder
 from vit_dist.checks import MIB, Job, Process, Result, nearest_folder
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
-from vit_dist.train import fail
 
 HELP = f"""usage: vit-dist doctor [RECIPE] [--flag value ...]
 
@@ -271,22 +269,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `doctor`. Exit code 1 if a check failed, or with the first failing rank's traceback; 2 for a user's error."""
+    """Run `doctor`. Exit code 1 if a check failed, else as `entry.run` has them."""
     argv = sys.argv[1:] if argv is None else argv
-    console.set_up(distributed.launched_rank())
     if "-h" in argv or "--help" in argv:
-        console.say(HELP.rstrip())
+        sys.stdout.write(HELP)
         return 0
-    try:
-        failed = doctor(load_config(argv))
-        distributed.leave()
-        return int(failed)
-    except UserError as error:
-        return fail(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except Exception:
-        return fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
+    return entry.run(lambda: int(doctor(load_config(argv))), "interrupted")
 
 
 if __name__ == "__main__":

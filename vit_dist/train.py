@@ -11,14 +11,11 @@ The same command again continues the run where it stopped. --help lists all opti
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 
-from vit_dist import console, distributed, run_folder
+from vit_dist import console, distributed, entry, run_folder
 from vit_dist.config import Config, load_config
-from vit_dist.errors import UserError
 
 
 def train(config: Config) -> None:
@@ -59,28 +56,15 @@ def train(config: Config) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `train`. Exit code 2 and one line for a user's error, 1 and the first failing rank's traceback else."""
-    console.set_up(distributed.launched_rank())
-    try:
+    """Run `train`; exit codes as `entry.run` has them."""
+
+    def body() -> int:
         train(load_config(sys.argv[1:] if argv is None else argv))
-        distributed.leave()
         return 0
-    except UserError as error:
-        return fail(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command goes on from the last checkpoint, or anew if there is none yet", 130)
-    except Exception:
-        return fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
 
-
-def fail(message: str, code: int) -> int:
-    """Show the first failure of the job, and no other; then leave without another collective."""
-    if distributed.first_to_fail():
-        console.show_error(message)
-    if distributed.launched_world_size() > 1:
-        # Ordinary interpreter exit can wait for a process group whose peers are gone. The launcher ends the others.
-        os._exit(code)
-    return code
+    return entry.run(
+        body, "interrupted; the same command goes on from the last checkpoint, or anew if there is none yet"
+    )
 
 
 if __name__ == "__main__":
