@@ -97,8 +97,9 @@ def _zero_damage(checkpoint: Path) -> str | None:
         folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
     except OSError:
         return "no latest"
-    ranks = sorted(_zero_ranks(folder))
-    return None if ranks and ranks == list(range(len(ranks))) else f"shares of ranks are missing in {folder.name}"
+    processes = len(list(checkpoint.glob("rng_state_*.pth"))) or 1  # upstream writes one for each rank, if several
+    missing = sorted(set(range(processes)) - set(_zero_ranks(folder)))
+    return f"the share of rank {missing[0]} is missing in {folder.name}" if missing else None
 
 
 def _zero_ranks(folder: Path) -> list[int]:

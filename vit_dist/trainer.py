@@ -241,10 +241,8 @@ class ExactTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if (
-            self.accelerator.sync_gradients and not self.is_deepspeed_enabled
-        ):  # the last micro-batch: backward is done, the optimizer step is not
-            self._stop_unless_finite()
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            self._stop_unless_finite()  # after the last micro-batch's backward, before the optimizer step
         return loss
 
     def _stop_unless_finite(self) -> None:
