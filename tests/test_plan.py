@@ -23,11 +23,11 @@ def planned(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]
     return json.loads(capsys.readouterr().out)
 
 
-def big_checkpoint(folder: Path, layers: int = 40) -> Path:
+def big_checkpoint(folder: Path) -> Path:
     """The configuration and processor of a model of about 2 billion parameters; there are no weights."""
     from transformers import ViTImageProcessorPil
 
-    config = ViTConfig(hidden_size=2048, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=8192)
+    config = ViTConfig(hidden_size=4096, num_hidden_layers=10, num_attention_heads=32, intermediate_size=16384)
     config.architectures = ["ViTForImageClassification"]
     config.save_pretrained(folder)
     ViTImageProcessorPil().save_pretrained(folder)
@@ -81,6 +81,13 @@ def test_auto_shards_no_more_than_it_must(
     assert found["parameters"]["all"] == pytest.approx(2.0e9, rel=0.05)
 
 
+def test_a_link_says_how_long_a_step_sends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["digits", "--gpus", "8", "--link", "ib400"]) == 0
+    parameters = 148_170
+    milliseconds = 2 * 7 / 8 * 4 * parameters / 50e9 * 1e3
+    assert f"{milliseconds:.1f} ms at 50 GB/s" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_has_exit_code_1_and_advice(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path
 ) -> None:
@@ -122,6 +129,8 @@ def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
     [
         (["--gpu", "h1000"], "--gpu h1000: not in the list"),
         (["--gpus", 0], "--gpus 0: give at least 1"),
+        (["--gpu_memory", "nan"], "--gpu_memory nan: give a number of GB"),
+        (["--link", "rope"], "--link rope: give GB/s, or one of nvlink"),
         (["--time_limit", "4h"], "--time_limit 4h: give h:mm:ss"),
         (["--strategy", "ddp"], "--strategy ddp is not for 1 x 1 GPUs"),
         (["--strategy", "zero9"], "invalid choice: 'zero9'"),

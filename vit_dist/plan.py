@@ -23,6 +23,10 @@ GPU_MEMORY = {  # decimal GB, as they are sold; about 1 % less can be allocated
     "h200": 141, "h100": 80, "a100": 80, "a100-40": 40, "l40s": 48, "a6000": 48, "a10": 24, "l4": 24, "rtx4090": 24,
     "rtx3090": 24, "v100": 32, "t4": 16,
 }  # fmt: skip
+LINKS = {  # GB/s that a GPU can send, peak of one direction
+    "nvlink": 450, "nvlink-a100": 300, "pcie4": 32, "pcie5": 64, "ib400": 50, "ib200": 25, "eth100": 12.5, "eth25": 3.1,
+    "eth10": 1.25,
+}  # fmt: skip
 USABLE = 0.92  # of the memory: fragmentation takes the rest
 AUTO = ("ddp", "zero1", "zero2", "fsdp2", "zero3_offload")  # the cheapest first; hsdp before fsdp2 on several nodes
 
@@ -33,6 +37,7 @@ class Machines:
     gpus: int  # on each node
     gpu: str | None
     memory: float | None  # bytes of one GPU
+    link: float | None  # bytes per second that a GPU sends to the others, over the slowest link between them
 
     @property
     def processes(self) -> int:
@@ -70,6 +75,10 @@ def _parser() -> _Parser:
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
     parser.add_argument("--gpu", help=f"what they are, for their memory: {', '.join(GPU_MEMORY)}")
     parser.add_argument("--gpu_memory", type=float, help="memory of one GPU in GB, for a GPU that is not in the list")
+    parser.add_argument(
+        "--link",
+        help=f"slowest link between the GPUs, for the time that a step spends sending: {', '.join(LINKS)}, or GB/s",
+    )
     names = ("auto", "single", *AUTO[:3], "zero3", "zero3_offload", "fsdp2", "hsdp")
     parser.add_argument("--strategy", default="auto", choices=names, help="auto recommends one (default)")
     parser.add_argument("--images_per_second", type=float, help="training speed of all GPUs, if it is known")
@@ -85,9 +94,21 @@ def _machines(asked: argparse.Namespace) -> Machines:
     if asked.gpu is not None and asked.gpu.lower() not in GPU_MEMORY:
         raise UserError(f"--gpu {asked.gpu}: not in the list ({', '.join(GPU_MEMORY)}); give --gpu_memory in GB")
     memory = asked.gpu_memory if asked.gpu_memory is not None else GPU_MEMORY.get((asked.gpu or "").lower())
-    if memory is not None and not memory > 0:
+    if memory is not None and not 0 < memory < math.inf:
         raise UserError(f"--gpu_memory {memory:g}: give a number of GB above 0")
-    return Machines(asked.nodes, asked.gpus, asked.gpu, None if memory is None else memory * 1e9)
+    return Machines(asked.nodes, asked.gpus, asked.gpu, None if memory is None else memory * 1e9, _link(asked.link))
+
+
+def _link(asked: str | None) -> float | None:
+    if asked is None:
+        return None
+    try:
+        speed = LINKS.get(asked.lower()) or float(asked)
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed < math.inf:
+        raise UserError(f"--link {asked}: give GB/s, or one of {', '.join(LINKS)}")
+    return speed * 1e9
 
 
 def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[str, Any]:
@@ -250,6 +271,9 @@ def render(plan: dict[str, Any]) -> list[str]:
     if rate["curve"]:
         lines.append(("", "  ".join(f"{step:,}: {value:.1e}" for step, value in rate["curve"].items())))
     lines.append(("strategy", f"{plan['strategy']}: {plan['why']}"))
+    if machines["link"] and (sent := plan["strategies"][plan["strategy"]]["traffic"]):
+        wait = f"{sent / machines['link'] * 1e3:,.1f} ms at {machines['link'] / 1e9:g} GB/s, less what overlaps"
+        lines.append(("", f"a step sends {sent / 1e9:.2f} GB from each GPU: {wait} with the backward"))
     lines.append(("memory", "on one GPU, in GB; traffic in GB that a GPU sends per step"))
     columns = ("parameters", "gradients", "optimizer", "buffers", "activations", "reserve", "total", "traffic")
     lines.append(("", "".join([f"{'':<15}", *(f"{name:>12}" for name in columns), "  fits"])))
