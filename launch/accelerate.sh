@@ -40,6 +40,8 @@ if [[ $strategy == */* || $strategy == *.yaml || $strategy == *.yml ]]; then
   [[ -f $config ]] || fail "there is no file $config; give a strategy (${strategies[*]}) or the path of a configuration"
   grep -q distributed_type -- "$config" || fail "$config is no configuration of Accelerate (no distributed_type);" \
     "the strategy comes first: launch/accelerate.sh STRATEGY [train|doctor] [RECIPE]"
+elif [[ $strategy == -* ]]; then
+  fail "the strategy comes first: launch/accelerate.sh STRATEGY $strategy ...; there are ${strategies[*]}"
 elif [[ ! -f $config ]]; then
   near=$("$PYTHON" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1))' \
     "$strategy" "${strategies[@]}")

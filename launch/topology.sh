@@ -20,7 +20,10 @@ command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON; set PYTHON to the 
 
 # The verb. Sourced without arguments, this file sees the script's own, and the shift is the script's.
 MODULE=vit_dist.train
-case ${1:-} in train | doctor) MODULE=vit_dist.$1; shift ;; esac
+case ${1:-} in
+  train | doctor) MODULE=vit_dist.$1; shift ;;
+  plan) fail "plan starts nothing, so it needs no launcher: vit-dist plan ${*:2}" ;;
+esac
 for argument; do  # help needs no processes and no GPU
   case $argument in -h | --help) exec "$PYTHON" -m "$MODULE" --help ;; esac
 done

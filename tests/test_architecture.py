@@ -80,8 +80,8 @@ ALLOWED: dict[str, set[str]] = {
         "checks", "config", "console", "distributed", "entry", "errors", "run_folder", "strategy", "trainer",
     },
     "plan": {
-        "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "model", "schedule",
-        "strategy",
+        "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "model", "run_folder",
+        "schedule", "strategy",
     },
     "cli": {"__init__", "doctor", "plan", "train"},
 }  # fmt: skip

@@ -48,7 +48,11 @@ def test_the_arithmetic_is_that_of_the_run(
     assert "8 = 4 per device x 1 device x 2 accumulation" in done.stdout
     assert f"{found['learning_rate']['actual']:g} = " in done.stdout and "sqrt, from a batch of 2" in done.stdout
     assert results(tmp_path / "run")["train_steps"] == 10
-    again = planned(capsys, "--gpus", 2, "--time_limit", "0:00:01", *flags)  # the folder knows a speed now
+    record = tmp_path / "run" / "run.json"
+    assert json.loads(record.read_text())["device"] == "cpu"
+    assert planned(capsys, "--gpus", 2, *flags)["time"]["seconds"] is None, "a CPU's speed says nothing of GPUs"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "device": "NVIDIA H100"}))
+    again = planned(capsys, "--gpus", 2, "--time_limit", "0:00:01", *flags)
     speed = results(tmp_path / "run")["train_samples_per_second"]
     assert again["time"]["images_per_second"] == pytest.approx(2 * speed)
     assert again["time"]["seconds"] == pytest.approx(80 / (2 * speed))
@@ -69,6 +73,7 @@ def test_auto_is_ddp_for_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", 8, "--gpu_memory", 16, "--gradient_accumulation_steps", 2], "zero2"),  # whole gradients between
         (["--gpus", 8, "--gpu_memory", 10], "fsdp2"),
         (["--gpus", 8, "--nodes", 2, "--gpu_memory", 10], "hsdp"),
+        (["--gpus", 8, "--replicas", 2, "--strategy", "hsdp"], "hsdp"),
         (["--gpus", 1, "--gpu", "h100"], "single"),
     ],
 )
@@ -133,6 +138,8 @@ def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
         (["--link", "rope"], "--link rope: give GB/s, or one of nvlink"),
         (["--time_limit", "4h"], "--time_limit 4h: give h:mm:ss"),
         (["--strategy", "ddp"], "--strategy ddp is not for 1 x 1 GPUs"),
+        (["--gpus", 8, "--strategy", "hsdp"], "hsdp needs --replicas 2 or more"),
+        (["--gpus", 8, "--replicas", 3], "--replicas 3: 8 GPUs cannot be shared"),
         (["--strategy", "zero9"], "invalid choice: 'zero9'"),
         (["--global_batch_size", 33], "the nearest that can: 32 and 64"),
         (["--learnin_rate", 1], "did you mean --learning_rate?"),

@@ -31,7 +31,8 @@ def set_up(rank: int) -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # bars for taking rows out of a table
     if rank:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    # Deprecations and first-use notes of PyTorch's collectives, called by Accelerate and DeepSpeed: not the user's.
+    # Deprecations of PyTorch's collectives and meshes, called by Accelerate and DeepSpeed, and a note on views out of
+    # the patch embeddings that FSDP2 gathers: no ViT changes them in place. None of them is the user's to mend.
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level
     for name in ("datasets", "accelerate", "huggingface_hub", "torch.distributed"):

@@ -24,7 +24,6 @@ from vit_dist.strategy import PERSISTENT, REDUCE_BUCKET
 FP32 = 4
 GROUPS = 2  # the Trainer's optimizer has two: with weight decay and without; DeepSpeed keeps a flat tensor of each
 RESERVE = 1_000_000_000  # CUDA context, cuBLAS and NCCL workspaces; not measured here
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp")
 
 
 @dataclass(frozen=True)

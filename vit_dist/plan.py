@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vit_dist import console
+from vit_dist import console, run_folder
 from vit_dist.batch import Batch, scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
@@ -37,6 +37,7 @@ class Machines:
     gpus: int  # on each node
     gpu: str | None
     memory: float | None  # bytes of one GPU
+    replicas: int  # of the sharded model, with hsdp
     link: float | None  # bytes per second that a GPU sends to the others, over the slowest link between them
 
     @property
@@ -81,6 +82,7 @@ def _parser() -> _Parser:
     )
     names = ("auto", "single", *AUTO[:3], "zero3", "zero3_offload", "fsdp2", "hsdp")
     parser.add_argument("--strategy", default="auto", choices=names, help="auto recommends one (default)")
+    parser.add_argument("--replicas", type=int, help="hsdp: copies of the sharded model (default: as many as nodes)")
     parser.add_argument("--images_per_second", type=float, help="training speed of all GPUs, if it is known")
     parser.add_argument("--time_limit", help="time limit of the job, as h:mm:ss, to compare the run time with")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -96,7 +98,25 @@ def _machines(asked: argparse.Namespace) -> Machines:
     memory = asked.gpu_memory if asked.gpu_memory is not None else GPU_MEMORY.get((asked.gpu or "").lower())
     if memory is not None and not 0 < memory < math.inf:
         raise UserError(f"--gpu_memory {memory:g}: give a number of GB above 0")
-    return Machines(asked.nodes, asked.gpus, asked.gpu, None if memory is None else memory * 1e9, _link(asked.link))
+    replicas, processes = asked.replicas or asked.nodes, asked.nodes * asked.gpus
+    if not 1 <= replicas <= processes or processes % replicas:
+        raise UserError(f"--replicas {replicas}: {processes} GPUs cannot be shared by as many; give a divisor")
+    machines = Machines(
+        asked.nodes, asked.gpus, asked.gpu, None if memory is None else memory * 1e9, replicas, _link(asked.link)
+    )
+    if asked.strategy != "auto" and asked.strategy not in _possible(machines):
+        raise UserError(
+            f"--strategy {asked.strategy} is not for {asked.nodes} x {asked.gpus} GPUs; there are "
+            f"{', '.join(_possible(machines))}" + ("; hsdp needs --replicas 2 or more" if asked.gpus > 3 else "")
+        )
+    return machines
+
+
+def _possible(machines: Machines) -> list[str]:
+    if machines.processes == 1:
+        return ["single"]
+    hsdp = ["hsdp"] if 1 < machines.replicas < machines.processes else []
+    return ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", *hsdp]
 
 
 def _link(asked: str | None) -> float | None:
@@ -161,12 +181,8 @@ def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: 
     checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
     saved = memory.activations(model, side, precision, checkpointing)
     table: dict[str, dict[str, Any]] = {}
-    for name in memory.STRATEGIES:
-        if (name == "single") != (machines.processes == 1) or (
-            name == "hsdp" and not 1 < machines.nodes < machines.processes
-        ):
-            continue
-        shards = 1 if name in ("single", "ddp") else machines.gpus if name == "hsdp" else machines.processes
+    for name in _possible(machines):
+        shards = {"single": 1, "ddp": 1, "hsdp": machines.processes // machines.replicas}.get(name, machines.processes)
         state = memory.state(
             name, tensors, shards=shards, precision=precision, optim=optim, accumulation=batch.accumulation
         )
@@ -193,10 +209,6 @@ def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: 
 
 def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) -> tuple[str, str]:
     if asked != "auto":
-        if asked not in table:
-            raise UserError(
-                f"--strategy {asked} is not for {machines.nodes} x {machines.gpus} GPUs; there are {', '.join(table)}"
-            )
         return asked, "asked for"
     if "single" in table:
         return "single", "one GPU: nothing to share"
@@ -226,14 +238,14 @@ REASONS = {
 
 
 def _time(config: Config, machines: Machines, images: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of training, if a speed was given or an earlier run of this folder measured one."""
+    """Seconds of training, if a speed was given or an earlier run of this folder measured one on GPUs."""
     rate, source = asked.images_per_second, "--images_per_second"
-    results = config.output_dir / "all_results.json"
-    if rate is None and results.is_file():
-        earlier = json.loads(results.read_text(encoding="utf-8"))
-        if "train_samples_per_second" in earlier:
-            rate = earlier["train_samples_per_second"] / earlier["world_size"] * machines.processes
-            source = f"{results}, {earlier['world_size']} process(es), scaled to {machines.processes}"
+    earlier, record = (
+        run_folder.read_json(config.output_dir / name) for name in (run_folder.RESULTS, run_folder.RECORD)
+    )
+    if rate is None and "train_samples_per_second" in earlier and record.get("device", "cpu") != "cpu":
+        rate = earlier["train_samples_per_second"] / earlier["world_size"] * machines.processes
+        source = f"{config.output_dir} on {earlier['world_size']} x {record['device']}, scaled to {machines.processes}"
     limit = _seconds(asked.time_limit)
     seconds = None if not rate else images / rate
     return {"images_per_second": rate, "source": source if rate else None, "seconds": seconds, "limit": limit}

@@ -77,6 +77,9 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
     complete = status.get("state") == "complete"
     if not complete:
         attempt.checkpoint, attempt.notes = _newest_checkpoint(config, strategy, world_size)
+        before = record.get("strategy", strategy), record.get("world_size", world_size)
+        if attempt.checkpoint and before != (strategy, world_size):
+            attempt.notes.append(f"was {before[0]} on {before[1]} processes, goes on as {strategy} on {world_size}")
     changed = _changes(folder / CONFIG, config)
     if changed and (complete or attempt.checkpoint):
         raise UserError(
@@ -103,12 +106,13 @@ def describe(folder: Path) -> str:
 
 
 def facts(
-    data: dict[str, Any], model_revision: str | None, world_size: int, global_batch: int, strategy: str
+    data: dict[str, Any], model_revision: str | None, world_size: int, global_batch: int, strategy: str, device: str
 ) -> dict[str, Any]:
     """What the run record states beyond the settings."""
     return {
         "world_size": world_size,
         "strategy": strategy,
+        "device": device,
         "global_batch_size": global_batch,
         "data": data,
         "model_revision": model_revision,

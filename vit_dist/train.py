@@ -21,6 +21,8 @@ from vit_dist.config import Config, load_config
 def train(config: Config) -> None:
     """The order of events of a run; every rank runs it. Raises UserError for what the user can mend."""
     # Slow to import; a mistake in the command should be told at once.
+    import torch
+
     from vit_dist import results, strategy, summary, trackers
     from vit_dist.data.pipeline import build_data
     from vit_dist.metrics import ClassificationMetrics
@@ -46,7 +48,8 @@ def train(config: Config) -> None:
     trainer = build_trainer(config, args, data, built.model, metrics)
     strategy.confirm(asked, trainer.accelerator)
 
-    facts = run_folder.facts(data.record, built.revision, args.world_size, trainer.batches.global_batch, asked)
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    facts = run_folder.facts(data.record, built.revision, args.world_size, trainer.batches.global_batch, asked, device)
     distributed.on_main(lambda: run_folder.open_attempt(config, attempt, data.classes, facts))
     with run_folder.failure_recorded(config.output_dir):
         reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
