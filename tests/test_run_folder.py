@@ -18,6 +18,10 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def inspect(config: Config) -> run_folder.Attempt:
+    return run_folder.inspect(config, "single", 1)
+
+
 def config(folder: Path, *flags: str) -> Config:
     return load_config(["--output_dir", str(folder), *flags])
 
@@ -25,7 +29,7 @@ def config(folder: Path, *flags: str) -> Config:
 def begin(folder: Path, *flags: str, **facts: Any) -> run_folder.Attempt:
     """One start of a run, up to training."""
     settings = config(folder, *flags)
-    attempt = run_folder.inspect(settings)
+    attempt = inspect(settings)
     run_folder.open_attempt(settings, attempt, ["a", "b"], {**FACTS, **facts})
     return attempt
 
@@ -83,7 +87,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
     for name in ("checkpoint-20/model.safetensors", "checkpoint-20/optimizer.pt"):
         whole = (tmp_path / "run" / name).read_bytes()
         (tmp_path / "run" / name).write_bytes(whole[: len(whole) // 2])
-    attempt = run_folder.inspect(config(tmp_path / "run"))
+    attempt = inspect(config(tmp_path / "run"))
     assert attempt.checkpoint == str(tmp_path / "run/checkpoint-10")
     assert "no optimizer.pt" in attempt.notes[0] and "checkpoint-20 is not whole" in attempt.notes[1]
 
@@ -101,7 +105,7 @@ def test_a_changed_setting_is_refused_with_a_diff(tmp_path: Path, flags: list[st
     begin(tmp_path / "run")
     save_checkpoint(tmp_path / "run", 5)
     with pytest.raises(UserError, match="other settings") as caught:
-        run_folder.inspect(config(tmp_path / "run", *flags))
+        inspect(config(tmp_path / "run", *flags))
     assert said in str(caught.value) and "--fresh" in str(caught.value)
 
 
@@ -117,7 +121,7 @@ def test_a_changed_setting_is_refused_with_a_diff(tmp_path: Path, flags: list[st
 def test_what_does_not_change_the_result_may_change(tmp_path: Path, flags: list[str]) -> None:
     begin(tmp_path / "run")
     save_checkpoint(tmp_path / "run", 5)
-    assert run_folder.inspect(config(tmp_path / "run", *flags)).checkpoint
+    assert inspect(config(tmp_path / "run", *flags)).checkpoint
 
 
 @pytest.mark.parametrize(
@@ -141,9 +145,9 @@ def test_a_finished_run_has_nothing_to_do_and_fresh_moves_it_aside(tmp_path: Pat
     folder = tmp_path / "run"
     begin(folder)
     complete(folder)
-    said = run_folder.inspect(config(folder)).finished
+    said = inspect(config(folder)).finished
     assert said is not None and "test accuracy 0.2500" in said and f"{folder}.previous" in said
-    replacing = run_folder.inspect(config(folder, "--fresh", "--seed", "7"))
+    replacing = inspect(config(folder, "--fresh", "--seed", "7"))
     assert (folder / "all_results.json").exists(), "moved when the new run begins, not before its data is read"
     run_folder.open_attempt(config(folder, "--fresh", "--seed", "7"), replacing, ["a", "b"], FACTS)
     assert json.loads((tmp_path / "run.previous/all_results.json").read_text())["test_accuracy"] == 0.25
@@ -181,9 +185,9 @@ def test_another_runs_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
 def test_a_file_or_someone_elses_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        run_folder.inspect(config(tmp_path / "file"))
+        inspect(config(tmp_path / "file"))
     with pytest.raises(UserError, match="not a run folder"):
-        run_folder.inspect(config(tmp_path))
+        inspect(config(tmp_path))
 
 
 def test_a_failure_is_recorded(tmp_path: Path) -> None:
