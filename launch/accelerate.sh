@@ -75,7 +75,7 @@ case $strategy in
     whole HSDP_REPLICAS 1 "$PROCESSES"
     ((HSDP_REPLICAS > 1)) || fail "hsdp with 1 replica is fsdp2; use fsdp2, or set HSDP_REPLICAS to 2 or more"
     ((PROCESSES % HSDP_REPLICAS == 0 && PROCESSES > HSDP_REPLICAS)) || fail "hsdp cannot shard each of $HSDP_REPLICAS" \
-      "replicas over $PROCESSES / $HSDP_REPLICAS processes; set HSDP_REPLICAS to a divisor below $PROCESSES, or use ddp"
+      "replicas over $PROCESSES / $HSDP_REPLICAS processes; start more processes, or use ddp or fsdp2"
     # Accelerate takes the sizes from the command line only if --use_fsdp stands there too.
     flags=(--use_fsdp --fsdp_version 2 --use_parallelism_config
       --parallelism_config_dp_replicate_size "$HSDP_REPLICAS"

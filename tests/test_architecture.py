@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks.progress": set(),
     "callbacks.wandb": set(),
     "batch": {"config", "errors"},
-    "schedule": {"config"},
+    "schedule": {"config", "errors"},
     "checkpoint": set(),
     "strategy": {"errors"},
     "memory": {"errors", "strategy"},
@@ -80,8 +80,8 @@ ALLOWED: dict[str, set[str]] = {
         "checks", "config", "console", "distributed", "entry", "errors", "run_folder", "strategy", "trainer",
     },
     "plan": {
-        "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "model", "run_folder",
-        "schedule", "strategy",
+        "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "metrics.__init__", "model",
+        "run_folder", "schedule", "strategy", "trainer",
     },
     "cli": {"__init__", "doctor", "plan", "train"},
 }  # fmt: skip

@@ -74,7 +74,8 @@ def test_auto_is_ddp_for_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", 8, "--gpu_memory", 10], "fsdp2"),
         (["--gpus", 8, "--nodes", 2, "--gpu_memory", 10], "hsdp"),
         (["--gpus", 8, "--replicas", 2, "--strategy", "hsdp"], "hsdp"),
-        (["--gpus", 1, "--gpu", "h100"], "single"),
+        (["--gpus", 1, "--gpu_memory", 40], "single"),
+        (["--gpus", 1, "--gpu_memory", 30], "zero3_offload"),
     ],
 )
 def test_auto_shards_no_more_than_it_must(
@@ -136,6 +137,10 @@ def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
         (["--gpus", 0], "--gpus 0: give at least 1"),
         (["--gpu_memory", "nan"], "--gpu_memory nan: give a number of GB"),
         (["--link", "rope"], "--link rope: give GB/s, or one of nvlink"),
+        (["--images_per_second", "-5"], "--images_per_second -5.0: give a number above 0"),
+        (["--lr_scheduler_kwargs", '{"x": 1}'], "lr_scheduler_type="),
+        (["--metric_for_best_model", "beauty"], "metric_for_best_model=beauty is not computed"),
+        (["--time_limit", "1:99:99"], "--time_limit 1:99:99: give h:mm:ss"),
         (["--time_limit", "4h"], "--time_limit 4h: give h:mm:ss"),
         (["--strategy", "ddp"], "--strategy ddp is not for 1 x 1 GPUs"),
         (["--gpus", 8, "--strategy", "hsdp"], "hsdp needs --replicas 2 or more"),

@@ -196,3 +196,20 @@ def test_a_failure_is_recorded(tmp_path: Path) -> None:
         raise ZeroDivisionError("by zero")
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["reason"], status["rank"]) == ("failed", "ZeroDivisionError: by zero", 0)
+
+
+def test_a_best_checkpoint_that_is_gone_is_told_before_training(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    best, newest = save_checkpoint(tmp_path / "run", 4), save_checkpoint(tmp_path / "run", 6)
+    (newest / "trainer_state.json").write_text(json.dumps({"global_step": 6, "best_global_step": 4}))
+    settings = config(tmp_path / "run")
+    assert inspect(settings).checkpoint == str(newest)
+    (best / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="names checkpoint-4 as the best so far, which is missing or not whole"):
+        inspect(settings)
+
+
+def test_another_strategy_is_said(tmp_path: Path) -> None:
+    begin(tmp_path / "run", strategy="ddp", world_size=2)
+    save_checkpoint(tmp_path / "run", 4)
+    assert inspect(config(tmp_path / "run")).notes == ["was ddp on 2 processes, goes on as single on 1"]

@@ -223,7 +223,9 @@ def test_each_obstacle_is_named_with_a_way_around_it(lab: Lab) -> None:
     ("strategy", "file"),
     needing((
         ("zero2", "global_step10/zero_pp_rank_1_mp_rank_00_optim_states.pt"), ("zero2", "latest"),
+        ("zero2", "global_step10/mp_rank_00_model_states.pt"),
         ("zero3", "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        ("zero3", "global_step10/zero_pp_rank_1_mp_rank_00_model_states.pt"),
         ("fsdp2", "optimizer_0/.metadata"), ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
         ("fsdp2_full", "optimizer.bin"), ("ddp", "model.safetensors"),
     )),
@@ -237,6 +239,19 @@ def test_a_share_that_is_missing_or_cut_short_is_noticed(lab: Lab, tmp_path: Pat
         assert damage(checkpoint), "cut short"
     (checkpoint / file).unlink()
     assert damage(checkpoint), "missing"
+
+
+@without_deepspeed
+def test_a_deepspeed_file_that_disagrees_is_refused_before_anything_is_written(lab: Lab) -> None:
+    own = lab.root / "own.yaml"
+    own.write_text((CONFIGS / "zero2.yaml").read_text().replace("gradient_clipping: auto", "gradient_clipping: 0.01"))
+    refused = run(
+        *lab.args, "--output_dir", lab.root / "disagrees", "--per_device_train_batch_size", 4, launcher="accelerate",
+        processes=2, config=own, expect=1,
+    )  # fmt: skip
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "gradient_clipping=0.01 vs hf max_grad_norm=1.0" in errors[0], refused.stderr
+    assert not (lab.root / "disagrees").exists()
 
 
 @pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))

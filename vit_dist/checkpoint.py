@@ -38,6 +38,15 @@ def checkpoints(folder: Path) -> Iterator[Path]:
     yield from sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: -int(steps[p]))
 
 
+def state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state, empty if there is none or it was cut short."""
+    try:
+        found = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def layout(checkpoint: Path) -> str:
     if any(checkpoint.glob("global_step*")):
         return "zero"
@@ -53,9 +62,7 @@ def damage(checkpoint: Path) -> str | None:
     for name in ("trainer_state.json", "scheduler.pt", *expected):
         if not (checkpoint / name).is_file() or not (checkpoint / name).stat().st_size:
             return f"no {name}"
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if "global_step" not in state(checkpoint):
         return "trainer_state.json was cut short"
     if kind == "zero" and (reason := _zero_damage(checkpoint)):
         return reason
@@ -95,11 +102,15 @@ def _zero_damage(checkpoint: Path) -> str | None:
     """Every rank writes its share; `latest` is written last and names the folder."""
     try:
         folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, ValueError):
         return "no latest"
     processes = len(list(checkpoint.glob("rng_state_*.pth"))) or 1  # upstream writes one for each rank, if several
     missing = sorted(set(range(processes)) - set(_zero_ranks(folder)))
-    return f"the share of rank {missing[0]} is missing in {folder.name}" if missing else None
+    if missing:
+        return f"the share of rank {missing[0]} is missing in {folder.name}"
+    whole = (folder / "mp_rank_00_model_states.pt").is_file()  # ZeRO-3 has one for each rank instead
+    sharded = len(list(folder.glob("zero_pp_rank_*_model_states.pt")))
+    return None if whole or sharded == processes else f"model states are missing in {folder.name}"
 
 
 def _zero_ranks(folder: Path) -> list[int]:

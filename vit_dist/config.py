@@ -288,6 +288,13 @@ def _refuse_values(settings: dict[str, Any]) -> None:
         value = settings[key]
         if value is not None and not least <= value <= most:
             raise UserError(f"{key}={value}: give a number from {least:g} to {most:g}")
+    if settings["bf16"] and settings["fp16"]:
+        raise UserError("bf16 and fp16: give one of them")
+    if str(settings["train_sampling_strategy"]) not in ("random", "sequential"):
+        raise UserError(
+            f"train_sampling_strategy={settings['train_sampling_strategy']}: images have no length; use random or "
+            "sequential"
+        )
     if settings["max_steps"] != -1 and settings["max_steps"] < 1:
         raise UserError(f"max_steps={settings['max_steps']}: give at least 1, or leave it out to train whole epochs")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,14 @@ LINKS = {  # GB/s that a GPU can send, peak of one direction
     "eth10": 1.25,
 }  # fmt: skip
 USABLE = 0.92  # of the memory: fragmentation takes the rest
-AUTO = ("ddp", "zero1", "zero2", "fsdp2", "zero3_offload")  # the cheapest first; hsdp before fsdp2 on several nodes
+AUTO = (
+    "single",
+    "ddp",
+    "zero1",
+    "zero2",
+    "fsdp2",
+    "zero3_offload",
+)  # the cheapest first; hsdp before fsdp2 on several nodes
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         console.show_error(f"error: {error}")
         return 2
-    sys.stdout.write(json.dumps(plan, indent=2) + "\n" if asked.json else "\n".join(render(plan)) + "\n")
+    sys.stdout.write(
+        json.dumps(plan, indent=2, allow_nan=False) + "\n" if asked.json else "\n".join(render(plan)) + "\n"
+    )
     return 0 if plan["fits"] is not False else 1
 
 
@@ -80,7 +90,7 @@ def _parser() -> _Parser:
         "--link",
         help=f"slowest link between the GPUs, for the time that a step spends sending: {', '.join(LINKS)}, or GB/s",
     )
-    names = ("auto", "single", *AUTO[:3], "zero3", "zero3_offload", "fsdp2", "hsdp")
+    names = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp")
     parser.add_argument("--strategy", default="auto", choices=names, help="auto recommends one (default)")
     parser.add_argument("--replicas", type=int, help="hsdp: copies of the sharded model (default: as many as nodes)")
     parser.add_argument("--images_per_second", type=float, help="training speed of all GPUs, if it is known")
@@ -98,6 +108,9 @@ def _machines(asked: argparse.Namespace) -> Machines:
     memory = asked.gpu_memory if asked.gpu_memory is not None else GPU_MEMORY.get((asked.gpu or "").lower())
     if memory is not None and not 0 < memory < math.inf:
         raise UserError(f"--gpu_memory {memory:g}: give a number of GB above 0")
+    if asked.images_per_second is not None and not 0 < asked.images_per_second < math.inf:
+        raise UserError(f"--images_per_second {asked.images_per_second}: give a number above 0")
+    _seconds(asked.time_limit)
     replicas, processes = asked.replicas or asked.nodes, asked.nodes * asked.gpus
     if not 1 <= replicas <= processes or processes % replicas:
         raise UserError(f"--replicas {replicas}: {processes} GPUs cannot be shared by as many; give a divisor")
@@ -114,7 +127,7 @@ def _machines(asked: argparse.Namespace) -> Machines:
 
 def _possible(machines: Machines) -> list[str]:
     if machines.processes == 1:
-        return ["single"]
+        return ["single", "zero2", "zero3_offload"]
     hsdp = ["hsdp"] if 1 < machines.replicas < machines.processes else []
     return ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", *hsdp]
 
@@ -136,13 +149,17 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     # Slow to import; a mistake in the command should be told at once.
     from vit_dist.data.pipeline import build_data
     from vit_dist.data.sampler import GlobalBatchSampler
+    from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import skeleton
     from vit_dist.schedule import curve, total_steps, warmup_steps
+    from vit_dist.trainer import reporters, require_metric
 
     batch = split_batch(config, machines.processes)
     rate = scaled_learning_rate(config, batch)
     quick = replace(config.data, verify_images=False)
     data = build_data(quick, config.model, config.data_seed, console.progress)
+    require_metric(config.training["metric_for_best_model"], ClassificationMetrics(data.classes, config.run.metrics))
+    reporters(config)
     model = skeleton(config.model, data.classes, data.input_size, cache_dir=config.data.cache_dir)
     sampler = GlobalBatchSampler(
         len(data.train), per_device_batch=batch.per_device, gradient_accumulation=batch.accumulation,
@@ -210,7 +227,7 @@ def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: 
 def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
-    if "single" in table:
+    if "single" in table and table["single"]["fits"] in (None, True):
         return "single", "one GPU: nothing to share"
     if machines.memory is None:
         return "ddp", "nothing is faster where it fits; give --gpu or --gpu_memory to know whether it does"
@@ -228,6 +245,7 @@ def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) ->
 
 
 REASONS = {
+    "single": "one GPU: nothing to share",
     "ddp": "the whole training state fits on each GPU, and then nothing is faster",
     "zero1": "sharding the optimizer state is enough, for the traffic of DDP",
     "zero2": "sharding optimizer state and gradients is enough, for the traffic of DDP",
@@ -243,7 +261,8 @@ def _time(config: Config, machines: Machines, images: int, asked: argparse.Names
     earlier, record = (
         run_folder.read_json(config.output_dir / name) for name in (run_folder.RESULTS, run_folder.RECORD)
     )
-    if rate is None and "train_samples_per_second" in earlier and record.get("device", "cpu") != "cpu":
+    known = earlier.get("train_samples_per_second") and earlier.get("world_size")
+    if rate is None and known and record.get("device", "cpu") != "cpu":
         rate = earlier["train_samples_per_second"] / earlier["world_size"] * machines.processes
         source = f"{config.output_dir} on {earlier['world_size']} x {record['device']}, scaled to {machines.processes}"
     limit = _seconds(asked.time_limit)
@@ -254,11 +273,11 @@ def _time(config: Config, machines: Machines, images: int, asked: argparse.Names
 def _seconds(limit: str | None) -> float | None:
     if limit is None:
         return None
-    days, _, clock = limit.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts) or len(parts) > 3 or not (days or "0").isdigit():
+    parts = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", limit)
+    if parts is None:
         raise UserError(f"--time_limit {limit}: give h:mm:ss, or d-hh:mm:ss")
-    return 86400.0 * int(days or 0) + sum(int(part) * 60**power for power, part in enumerate(reversed(parts)))
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def render(plan: dict[str, Any]) -> list[str]:

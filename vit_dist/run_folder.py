@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from vit_dist.checkpoint import checkpoints, damage, obstacle
+from vit_dist.checkpoint import checkpoints, damage, obstacle, state
 from vit_dist.config import Config, write_config
 from vit_dist.distributed import first_to_fail, launched_rank
 from vit_dist.errors import UserError
@@ -128,7 +128,8 @@ def failure_recorded(folder: Path) -> Iterator[None]:
     except BaseException as error:
         if first_to_fail():
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            write_status(folder, "failed", reason=reason, rank=launched_rank())
+            with contextlib.suppress(OSError):  # a full disk may be what failed; the first error is the one to show
+                write_status(folder, "failed", reason=reason, rank=launched_rank())
         raise
 
 
@@ -251,6 +252,11 @@ def _newest_checkpoint(config: Config, strategy: str, world_size: int) -> tuple[
             raise UserError(f"resume_from_checkpoint={asked}: {reason}")
         if reason:
             notes.append(f"{path} is not whole ({reason}) and is passed over")
+        elif (best := state(path).get("best_global_step")) and damage(config.output_dir / f"checkpoint-{best}"):
+            raise UserError(
+                f"{path} names checkpoint-{best} as the best so far, which is missing or not whole: bring it back, or "
+                f"remove {path} to go on from an older one"
+            )
         elif reason := obstacle(path, strategy, world_size):
             raise UserError(f"{path} cannot be resumed by this launch ({strategy}, {world_size} processes): {reason}")
         else:

@@ -10,6 +10,7 @@ import torch
 from transformers import get_scheduler
 
 from vit_dist.config import Config
+from vit_dist.errors import UserError
 
 POINTS = 11  # of the curve in a plan
 
@@ -30,15 +31,17 @@ def curve(config: Config, rate: float, steps: int) -> dict[int, float]:
     name = str(config.training["lr_scheduler_type"]).rpartition(".")[2].lower()
     if "plateau" in name:
         return {}
-    settings = config.training["lr_scheduler_kwargs"] or {}
+    given = config.training["lr_scheduler_kwargs"] or {}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
-    scheduler: Any = get_scheduler(
-        config.training["lr_scheduler_type"],
-        optimizer,
-        warmup_steps(config, steps),
-        steps,
-        scheduler_specific_kwargs=json.loads(settings) if isinstance(settings, str) else dict(settings),
-    )
+    try:
+        settings = json.loads(given) if isinstance(given, str) else dict(given)
+        scheduler: Any = get_scheduler(
+            config.training["lr_scheduler_type"], optimizer, warmup_steps(config, steps), steps, settings
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"lr_scheduler_type={name}: {' '.join(str(error).split())}; see --lr_scheduler_kwargs"
+        ) from None
     shown = {round(i * (steps - 1) / (POINTS - 1)) for i in range(POINTS)}
     rates = {}
     for step in range(steps):

@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from vit_dist.errors import UserError
 
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default, 10 times that, would take 2 GB for a model of 0.3 GB
+BY_SHAPE = ("adafactor", "galore", "apollo", "lomo", "muon", "shampoo", "soap")  # optimizers that see matrices
 PERSISTENT = 100_000  # elements; ZeRO-3 leaves smaller parameters whole on every rank (DeepSpeed's default)
 
 
@@ -31,8 +32,9 @@ def check_owners(precision: str, environ: Mapping[str, str] = os.environ) -> Non
     if said not in ("no", precision):
         raise UserError(
             f"accelerate launch asks for {said} (--mixed_precision, its configuration file, or the user's default "
-            f"file), the recipe for {precision}: precision belongs to the recipe; give --{said} there, or launch with "
-            "--mixed_precision no"
+            f"file), the recipe for {precision}: precision belongs to the recipe; "
+            + (f"give --{said} there, or " if said in ("bf16", "fp16") else "")
+            + "launch with --mixed_precision no"
         )
     if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError(
@@ -46,10 +48,21 @@ def prepare(args: TrainingArguments, environ: Mapping[str, str] = os.environ) ->
     Raises UserError for a configuration that is not supported.
     """
     deepspeed, fsdp = args.deepspeed_plugin is not None, bool(args.fsdp) or _on(environ, "ACCELERATE_USE_FSDP")
+    mesh = ParallelismConfig() if _on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") else None
+    if mesh and (mesh.tp_size > 1 or mesh.cp_size > 1 or mesh.sp_size > 1):
+        raise UserError(
+            "tensor, context and sequence parallelism are not supported: every process trains on its own images"
+        )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if (deepspeed or fsdp) and any(name in optim for name in BY_SHAPE):
+        raise UserError(
+            f"optim={optim} looks at whole matrices, which sharding cuts up: it would train differently or fail; use "
+            "adamw_torch_fused or sgd, or the ddp strategy"
+        )
     if (deepspeed or fsdp) and args.fp16 and args.device.type == "cpu":
         raise UserError("fp16 needs a GPU with DeepSpeed and FSDP; use --bf16 on CPUs")
     if deepspeed or fsdp:
-        return _deepspeed(args) if deepspeed else _fsdp(args, environ)
+        return _deepspeed(args) if deepspeed else _fsdp(args, environ, mesh)
     return "ddp" if int(environ.get("WORLD_SIZE", 1)) > 1 else "single"
 
 
@@ -64,6 +77,9 @@ def _deepspeed(args: TrainingArguments) -> str:
         raise UserError(
             f"DeepSpeed with zero_stage {plugin.zero_stage} shards nothing; use configs/accelerate/ddp.yaml"
         )
+    for section, flag in (("optimizer", "--optim"), ("scheduler", "--lr_scheduler_type")):
+        if section in config:
+            raise UserError(f"the DeepSpeed file has a section {section!r}: that belongs to the recipe; use {flag}")
     if plugin.zero_stage == 3:
         # Without it a ZeRO-3 run ends with weights that only DeepSpeed can read.
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
@@ -81,7 +97,7 @@ def _deepspeed(args: TrainingArguments) -> str:
     return f"zero{plugin.zero_stage}" + ("_offload" if offload else "")
 
 
-def _fsdp(args: TrainingArguments, environ: Mapping[str, str]) -> str:
+def _fsdp(args: TrainingArguments, environ: Mapping[str, str], mesh: ParallelismConfig | None) -> str:
     plugin = args.fsdp_plugin_args or {}
     version = str(plugin.get("fsdp_version", environ.get("FSDP_VERSION", "1")))
     if version != "2":
@@ -92,18 +108,15 @@ def _fsdp(args: TrainingArguments, environ: Mapping[str, str]) -> str:
         raise UserError(
             "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights to check; set it to false"
         )
-    if args.device.type == "cpu" and args.world_size > 1:
+    if args.world_size == 1:
+        raise UserError("fsdp2 has nothing to shard over with one process; start several, or use single")
+    if args.device.type == "cpu" and plugin.get("cpu_offload", _on(environ, "FSDP_OFFLOAD_PARAMS")):
+        raise UserError("fsdp_offload_params needs GPUs to offload from; set it to false on CPUs")
+    if args.device.type == "cpu":
         # Accelerate shards only where it sees GPUs and would otherwise train with DDP; PyTorch shards on CPUs as well.
         # accelerate/state.py, AcceleratorState.__init__; tests/test_strategies.py notices when this stops working.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    if not _on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return "fsdp2"
-    mesh = ParallelismConfig()
-    if mesh.tp_size > 1 or mesh.cp_size > 1 or mesh.sp_size > 1:
-        raise UserError(
-            "tensor, context and sequence parallelism are not supported: every process trains on its own images"
-        )
-    return "hsdp" if mesh.dp_replicate_size > 1 else "fsdp2"
+    return "hsdp" if mesh and mesh.dp_replicate_size > 1 else "fsdp2"
 
 
 def build_whole() -> None:
@@ -118,11 +131,18 @@ def build_whole() -> None:
 def mark_blocks(model: PreTrainedModel) -> None:
     """Tell FSDP which modules are gathered together: the repeated blocks, whatever the family calls them.
 
-    Upstream's list (`_no_split_modules`) also has a ViT's embeddings, where Accelerate's FSDP2 fails. ResNet-like
-    models without such a list are sharded as one.
+    Upstream's list (`_no_split_modules`) also has a ViT's embeddings, where Accelerate's FSDP2 fails. A model without
+    repeated blocks is sharded as one.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    model._no_split_modules = {type(block).__name__ for blocks in lists if len(blocks) > 1 for block in blocks}
+    kinds = [{type(block) for block in blocks} for blocks in lists if len(blocks) > 1]
+    model._no_split_modules = {
+        kind.__name__ for (kind, *others) in kinds if not others and not kind.__module__.startswith("torch.")
+    }
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:  # ConvNeXt, ResNet, SegFormer: Accelerate's FSDP2 asks, and None is an answer it takes
+        setattr(model, "get_input_embeddings", lambda: None)  # noqa: B010 mypy knows the method
 
 
 def confirm(asked: str, accelerator: Accelerator) -> None:
@@ -131,6 +151,11 @@ def confirm(asked: str, accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         got = "zero"
+        wrong = [line.strip(" -") for line in accelerator.state.deepspeed_plugin.hf_ds_config.mismatches]
+        if wrong:
+            raise UserError(
+                f"the DeepSpeed file and the recipe disagree: {'; '.join(wrong)}; leave it to the recipe (auto)"
+            )
     elif kind == DistributedType.FSDP:
         got = "hsdp" if (mesh := accelerator.parallelism_config) and mesh.dp_replicate_size > 1 else "fsdp2"
     else:

@@ -103,9 +103,6 @@ def _spare_cores() -> int:
 
 
 def build_batches(config: Config, args: TrainingArguments, num_images: int) -> GlobalBatchSampler:
-    strategy = str(config.training["train_sampling_strategy"])
-    if strategy not in ("random", "sequential"):
-        raise UserError(f"train_sampling_strategy={strategy}: images have no length; use random or sequential")
     return GlobalBatchSampler(
         num_images,
         per_device_batch=args.per_device_train_batch_size,
@@ -113,7 +110,7 @@ def build_batches(config: Config, args: TrainingArguments, num_images: int) -> G
         world_size=args.world_size,
         rank=args.process_index,
         seed=config.data_seed,
-        shuffle=strategy == "random",
+        shuffle=str(config.training["train_sampling_strategy"]) == "random",
         drop_last=config.training["dataloader_drop_last"],
     )
 
@@ -321,6 +318,9 @@ class ExactTrainer(Trainer):
         load_foreign_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), optimizer.optimizer)
         state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing random is restored: every step seeds itself (`StepSeeds`), and a damaged file must not matter."""
 
     @property
     def _layout(self) -> str:
