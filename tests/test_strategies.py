@@ -275,11 +275,17 @@ def test_the_memory_estimate_is_what_a_rank_holds(lab: Lab, strategy: str) -> No
 
 
 @pytest.mark.parametrize("strategy", needing(("ddp", "zero2", "zero3", "fsdp2")))
-def test_bf16_with_activation_checkpointing(lab: Lab, strategy: str) -> None:
+def test_bf16_with_activation_checkpointing_and_the_best_model_not_the_last(lab: Lab, strategy: str) -> None:
     name = f"{strategy}_bf16"
-    lab.launch(name, strategy, "--bf16", "--activation_checkpointing", "--per_device_train_batch_size", 4)
+    lab.launch(
+        name, strategy, "--bf16", "--activation_checkpointing", "--per_device_train_batch_size", 4,
+        "--greater_is_better", "true",  # the highest loss, which is that of step 10
+    )  # fmt: skip
     one, other = losses(lab.whole("single")), losses(lab.root / name)
     assert other == pytest.approx(one, abs=0.1)
+    evaluated = {row["step"]: row["eval_loss"] for row in rows(lab.root / name) if "eval_loss" in row}
+    assert results(lab.root / name)["best_step"] == 10 and evaluated[10] != evaluated[20]
+    assert results(lab.root / name)["eval_loss"] == pytest.approx(evaluated[10], abs=1e-7)
     kinds = {tensor.dtype for tensor in weights(lab.root / name).values()}
     assert kinds == {torch.bfloat16 if strategy.startswith("zero") else torch.float32}
 
