@@ -60,7 +60,7 @@ def test_one_wandb_run_with_accuracy_on_the_axis_of_the_loss(runs: dict[str, Pat
 def test_the_record_says_what_ran(runs: dict[str, Path]) -> None:
     records = {name: json.loads((folder / "run.json").read_text()) for name, folder in runs.items()}
     assert len({json.dumps(record["data"]) for record in records.values()}) == 1
-    assert [records[name]["strategy"] for name in TOPOLOGIES] == ["SINGLE", "SINGLE", "DDP", "DDP"]
+    assert [records[name]["strategy"] for name in TOPOLOGIES] == ["single", "single", "ddp", "ddp"]
 
 
 def test_all_launchers_are_covered() -> None:
