@@ -87,12 +87,14 @@ class Lab:
         return folder
 
     def cut(self, source: Path, name: str) -> Path:
-        """A copy of a run as it was right after its first checkpoint."""
+        """A copy of a run as it was right after its first checkpoint, whose random state was cut short."""
         folder = self.root / name
         shutil.copytree(source, folder)
         shutil.rmtree(folder / f"checkpoint-{STEPS}")
         shutil.rmtree(folder / "best")
         (folder / "all_results.json").unlink()
+        for path in (folder / "checkpoint-10").glob("rng_state*"):
+            os.truncate(path, 10)
         (folder / "status.json").write_text(json.dumps({"state": "running"}))
         return folder
 
