@@ -38,7 +38,7 @@ def checkpoints(folder: Path) -> Iterator[Path]:
     yield from sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: -int(steps[p]))
 
 
-def state(checkpoint: Path) -> dict[str, Any]:
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state, empty if there is none or it was cut short."""
     try:
         found = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def damage(checkpoint: Path) -> str | None:
     for name in ("trainer_state.json", "scheduler.pt", *expected):
         if not (checkpoint / name).is_file() or not (checkpoint / name).stat().st_size:
             return f"no {name}"
-    if "global_step" not in state(checkpoint):
+    if "global_step" not in trainer_state(checkpoint):
         return "trainer_state.json was cut short"
     if kind == "zero" and (reason := _zero_damage(checkpoint)):
         return reason

@@ -151,7 +151,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.data.sampler import GlobalBatchSampler
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import skeleton
-    from vit_dist.schedule import curve, total_steps, warmup_steps
+    from vit_dist.schedule import curve, describe_rate, total_steps, warmup_steps
     from vit_dist.trainer import reporters, require_metric
 
     batch = split_batch(config, machines.processes)
@@ -179,7 +179,8 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
         "precision": config.precision,
         "batch": {**asdict(batch), "global": batch.total},
         "steps": {"epoch": sampler.steps_per_epoch, "all": steps, "warmup": warmup_steps(config, steps)},
-        "learning_rate": {"recipe": config.training["learning_rate"], "actual": rate,
+        "learning_rate": {"description": describe_rate(config, rate, steps),
+                          "recipe": config.training["learning_rate"], "actual": rate,
                           "schedule": str(config.training["lr_scheduler_type"]), "curve": curve(config, rate, steps)},
     }  # fmt: skip
     plan |= _memory(config, machines, batch, data.input_size, model, asked.strategy)
@@ -287,17 +288,15 @@ def render(plan: dict[str, Any]) -> list[str]:
     where += "s" if machines["gpus"] > 1 else ""
     if machines["memory"]:
         where += f" of {machines['memory'] / 1e9:g} GB"
-    scaled = "" if rate["actual"] == rate["recipe"] else f" (the recipe's {rate['recipe']:g}, scaled)"
     count = plan["parameters"]
     lines = [("plan", plan["source"])]
     lines += [("data" if i == 0 else "", line) for i, line in enumerate(plan["data"])]
     lines += [
         ("model", f"{plan['model']}, {count['all']:,} parameters, {count['trained']:,} trained"),
         ("devices", f"{where}, {plan['precision']}"),
-        ("batch", f"{batch['global']} = {batch['per_device']} per device x {batch['world_size']} devices x "
-                  f"{batch['accumulation']} accumulation"),
+        ("batch", str(Batch(batch["per_device"], batch["world_size"], batch["accumulation"]))),
         ("steps", f"{steps['epoch']:,} per epoch, {steps['all']:,} in all, {steps['warmup']:,} of warm-up"),
-        ("rate", f"{rate['actual']:g}{scaled}, {rate['schedule'].rpartition('.')[2].lower()}"),
+        ("rate", rate["description"]),
     ]  # fmt: skip
     if rate["curve"]:
         lines.append(("", "  ".join(f"{step:,}: {value:.1e}" for step, value in rate["curve"].items())))

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from vit_dist.checkpoint import checkpoints, damage, obstacle, state
+from vit_dist.checkpoint import checkpoints, damage, obstacle, trainer_state
 from vit_dist.config import Config, write_config
 from vit_dist.distributed import first_to_fail, launched_rank
 from vit_dist.errors import UserError
@@ -252,7 +252,7 @@ def _newest_checkpoint(config: Config, strategy: str, world_size: int) -> tuple[
             raise UserError(f"resume_from_checkpoint={asked}: {reason}")
         if reason:
             notes.append(f"{path} is not whole ({reason}) and is passed over")
-        elif (best := state(path).get("best_global_step")) and damage(config.output_dir / f"checkpoint-{best}"):
+        elif (best := trainer_state(path).get("best_global_step")) and damage(config.output_dir / f"checkpoint-{best}"):
             raise UserError(
                 f"{path} names checkpoint-{best} as the best so far, which is missing or not whole: bring it back, or "
                 f"remove {path} to go on from an older one"

@@ -26,6 +26,16 @@ def warmup_steps(config: Config, steps: int) -> int:
     return int(asked) if asked >= 1 else math.ceil(steps * asked)
 
 
+def describe_rate(config: Config, rate: float, steps: int) -> str:
+    """For people. `rate` is the actual one; how it came about is said where the recipe's was scaled."""
+    text, warmup = f"{rate:g}", warmup_steps(config, steps)
+    if reference := config.scaling.learning_rate_reference_batch:
+        before, scaling = config.training["learning_rate"], config.scaling.learning_rate_scaling
+        text += f" = {before:g} x {rate / before:g} ({scaling}, from a batch of {reference})"
+    text += f", {str(config.training['lr_scheduler_type']).rpartition('.')[2].lower()}"
+    return text + (f", {warmup:,} warm-up step{'s' if warmup > 1 else ''}" if warmup else "")
+
+
 def curve(config: Config, rate: float, steps: int) -> dict[int, float]:
     """The learning rate at some steps, by the scheduler that the run would use; empty if it follows a metric."""
     name = str(config.training["lr_scheduler_type"]).rpartition(".")[2].lower()

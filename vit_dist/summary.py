@@ -10,7 +10,7 @@ from vit_dist.config import Config
 from vit_dist.data.pipeline import ImageData
 from vit_dist.model import BuiltModel
 from vit_dist.run_folder import Attempt
-from vit_dist.schedule import total_steps, warmup_steps
+from vit_dist.schedule import describe_rate, total_steps
 from vit_dist.trackers import Trackers
 from vit_dist.trainer import ExactTrainer
 
@@ -41,20 +41,10 @@ def describe(
         ("devices", devices),
         ("batch", str(split_batch(config, args.world_size))),
         ("steps", f"{batches.steps_per_epoch:,} per epoch, {steps:,} in all"),
-        ("rate", learning_rate(config, args.learning_rate, steps)),
+        ("rate", describe_rate(config, args.learning_rate, steps)),
         ("output", f"{config.output_dir}; {metrics}"),
     ]
     lines += [("note", note) for note in attempt.notes]
     if attempt.checkpoint:
         lines.append(("resume", f"from {Path(attempt.checkpoint).name}, attempt {attempt.number}"))
     return [f"{title:<9}{line}" for title, line in lines]
-
-
-def learning_rate(config: Config, rate: float, steps: int) -> str:
-    """`rate` is the actual one; how it came about is said where the recipe's was scaled."""
-    text, warmup = f"{rate:g}", warmup_steps(config, steps)
-    if reference := config.scaling.learning_rate_reference_batch:
-        before, scaling = config.training["learning_rate"], config.scaling.learning_rate_scaling
-        text += f" = {before:g} x {rate / before:g} ({scaling}, from a batch of {reference})"
-    text += f", {str(config.training['lr_scheduler_type']).rpartition('.')[2].lower()}"
-    return text + (f", {warmup:,} warm-up step{'s' if warmup > 1 else ''}" if warmup else "")
