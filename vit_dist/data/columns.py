@@ -143,11 +143,19 @@ def common_table(table: datasets.Dataset, image: str, label: str, ids: Sequence[
     return datasets.concatenate_datasets([names, table], axis=1)
 
 
+def require_bytes(table: datasets.Dataset, column: str, where: str) -> None:
+    """Raises `UserError` if images of an archive are given by a path, which could lead anywhere."""
+    images = table.data.column(column)
+    if _is_text(images.type) or _names_files(images):
+        raise UserError(
+            f"{where}: column {column} has names of files instead of images; the images of .tar shards lie in them"
+        )
+
+
 def absolute_paths(table: datasets.Dataset, column: str, folders: Sequence[Path]) -> datasets.Dataset:
     """The rows of a table, images that are given by a path made absolute: it is relative to the row's folder."""
     images = table.data.column(column)
-    is_text = pa.types.is_string(images.type) or pa.types.is_large_string(images.type)
-    if not is_text and not _names_files(images):
+    if not _is_text(images.type) and not _names_files(images):
         return table  # as it is, it stays mapped into memory
     chunks = [datasets.Image().cast_storage(chunk).flatten() for chunk in images.chunks]
     data = pa.chunked_array([chunk[0] for chunk in chunks], pa.binary())
@@ -161,6 +169,10 @@ def absolute_paths(table: datasets.Dataset, column: str, folders: Sequence[Path]
     return datasets.Dataset(
         pa.table({**{name: table.data.column(name) for name in table.column_names if name != column}, column: stored})
     )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _names_files(images: pa.ChunkedArray) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import IcoImagePlugin, Image, ImageColor, UnidentifiedImageError
 
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
 
-RULES_VERSION = 1  # part of the key of remembered outcomes: count up when a rule changes
+RULES_VERSION = 2  # part of the key of remembered outcomes: count up when a rule changes
 
 # No PostScript or PDF: they run programs. TGA comes last, it has no signature to tell it by.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
@@ -79,8 +80,9 @@ def decode(image: Mapping[str, Any] | bytes | str | os.PathLike[str], rules: Dec
     _ignore_pillow_warnings()
     _allow_pixels(rules.max_image_pixels)
     try:
+        _check_icon(data, rules)
         with Image.open(io.BytesIO(data), formats=_formats()) as opened:
-            _check_size(opened, rules)
+            _check_size(opened.size, rules)
             opened.load()
             rgb = _to_rgb(opened, rules.background)
             return _upright(rgb, opened)
@@ -133,8 +135,21 @@ def _allow_pixels(num_pixels: int) -> None:
         Image.MAX_IMAGE_PIXELS = num_pixels
 
 
-def _check_size(image: Image.Image, rules: DecodeRules) -> None:
-    width, height = image.size
+def _check_icon(data: bytes, rules: DecodeRules) -> None:
+    """Pillow decodes an icon as soon as it opens it, in the size of the picture inside, which may be any."""
+    if not data.startswith(b"\0\0\1\0"):
+        return
+    try:
+        first = IcoImagePlugin.IcoFile(io.BytesIO(data)).entry[0]
+        with Image.open(io.BytesIO(data[first.offset :]), formats=("PNG", "DIB")) as inside:
+            width, height = inside.size
+    except (SyntaxError, LookupError, struct.error, UnidentifiedImageError):
+        return  # no icon: it will not open
+    _check_size((width, height if inside.format == "PNG" else height // 2), rules)  # a bitmap's mask lies below it
+
+
+def _check_size(size: tuple[int, int], rules: DecodeRules) -> None:
+    width, height = size
     if width * height > rules.max_image_pixels:
         raise BadImage(f"{width}x{height} is more than {rules.max_image_pixels:,} pixels (max_image_pixels)")
     if min(width, height) < rules.min_image_side:

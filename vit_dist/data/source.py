@@ -20,6 +20,7 @@ from vit_dist.data.columns import (
     common_table,
     image_column,
     label_column,
+    require_bytes,
     split_roles,
     usual_role,
 )
@@ -164,6 +165,8 @@ def _files(root: Path, splits: dict[str, list[str]], where: str, options: DataOp
     for role, split in roles.items():
         rows = read_rows(splits[split], root, datasets_cache(options.cache_dir))
         image = image_column(rows.table.features, options.image_column_name, str(root / rows.files[0]))
+        if extension(rows.files[0]) == "tar":
+            require_bytes(rows.table, image, str(root / rows.files[0]))
         tables[role] = absolute_paths(rows.table, image, rows.folders(root))
         ids[role] = rows.ids()
     kinds = sorted({extension(file) for split in roles.values() for file in splits[split]})
