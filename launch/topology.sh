@@ -116,6 +116,11 @@ if port:
 END
 }
 
+# Both launchers read torchrun's options from these: signals to pass on to the processes, and the seconds that those have
+# to commit a checkpoint before they are killed. vit_dist/cli.py has the same.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-110}
+
 start() {  # start COMMAND...: in place of this shell, so that signals reach it; or show it
   local line cores command=(env)
   if ((PROCESSES == 1)); then  # what an outer launcher has left would make this process wait for others

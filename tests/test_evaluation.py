@@ -18,9 +18,12 @@ KEYS = ("accuracy", "top5_accuracy", "f1_macro", "balanced_accuracy", "loss")
 def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str) -> None:
     """On each rank: evaluate the first n images for each n, at per-device batches of 1 and 4."""
     from vit_dist import console
+    from vit_dist.batch import split_batch
+    from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.config import load_config
     from vit_dist.data.dataset import ImageDataset
     from vit_dist.data.pipeline import build_data
+    from vit_dist.distributed import Channel
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
     from vit_dist.results import predict
@@ -30,12 +33,12 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
     found: dict[str, Any] = {}
     config = load_config(["--data", photos, "--model", checkpoint, "--output_dir", f"{out}/run", "--report_to", "none",
                           "--per_device_eval_batch_size", "4"])  # fmt: skip
-    args = build_arguments(config)
+    args = build_arguments(config, split_batch(config, world_size))
     assert args.world_size == world_size
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     model = build_model(config.model, data.classes, data.input_size, seed=0).model
     metrics = ClassificationMetrics(data.classes)
-    trainer = build_trainer(config, args, data, model, metrics)
+    trainer = build_trainer(config, args, data, model, metrics, CheckpointWriter(config, Channel(), rank))
     for batch in (4, 1):
         args.per_device_eval_batch_size = batch
         for size in SIZES:

@@ -112,9 +112,12 @@ def test_a_diverging_loss_stops_the_run_and_names_the_images(tmp_path: Path, pho
 def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out: str) -> None:
     """On each rank: image 5 is NaN; write down what stopped training, and whether the weights moved since."""
     from vit_dist import console
+    from vit_dist.batch import split_batch
+    from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.config import load_config
     from vit_dist.data.dataset import ImageDataset
     from vit_dist.data.pipeline import build_data
+    from vit_dist.distributed import Channel
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
     from vit_dist.trainer import build_arguments, build_trainer
@@ -130,10 +133,12 @@ def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out:
     console.set_up(1)
     config = load_config(["--data", photos, "--model", checkpoint, "--output_dir", f"{out}/run", "--report_to", "none",
                           "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"])  # fmt: skip
-    args = build_arguments(config)
+    args = build_arguments(config, split_batch(config, world_size))
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     model = build_model(config.model, data.classes, data.input_size, seed=0).model
-    trainer = build_trainer(config, args, data, model, ClassificationMetrics(data.classes))
+    trainer = build_trainer(
+        config, args, data, model, ClassificationMetrics(data.classes), CheckpointWriter(config, Channel(), rank)
+    )
     trainer.train_dataset = Poisoned(data.train.table, data.train.transform, data.train.rules)
     message = ""
     try:
@@ -201,7 +206,7 @@ def test_half_a_checkpoint_is_passed_over(tmp_path: Path, photos: Path, checkpoi
     weights = newest / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     again = run(*many, "--output_dir", tmp_path / "run")
-    assert f"{newest} is not whole" in again.stdout
+    assert f"{newest.name} is passed over: model.safetensors has" in again.stdout
     assert f"from checkpoint-{int(newest.name.rpartition('-')[2]) - 5}" in again.stdout
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from vit_dist import run_folder
+from vit_dist import failure, run_folder
+from vit_dist.checkpoint import store
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 
@@ -19,6 +21,7 @@ FACTS: dict[str, Any] = {
 
 
 def inspect(config: Config) -> run_folder.Attempt:
+    run_folder.check(config)
     return run_folder.inspect(config, "single", 1)
 
 
@@ -30,21 +33,20 @@ def begin(folder: Path, *flags: str, **facts: Any) -> run_folder.Attempt:
     """One start of a run, up to training."""
     settings = config(folder, *flags)
     attempt = inspect(settings)
+    if attempt.replaces:
+        run_folder.move_aside(settings, attempt)
     run_folder.open_attempt(settings, attempt, ["a", "b"], {**FACTS, **facts})
     return attempt
 
 
-def save_checkpoint(folder: Path, step: int) -> Path:
-    import torch
-    from safetensors.torch import save_file
-
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    save_file({"w": torch.ones(3)}, path / "model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.save({}, path / name)
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return path
+def save_checkpoint(folder: Path, step: int, best: int | None = None, **more: Any) -> Path:
+    """A small one, committed as the writer does it."""
+    staged = store.begin(folder, step)
+    (staged / "weights").write_bytes(bytes(100))
+    (staged / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_global_step": best}))
+    run = json.loads((folder / "run.json").read_text())["wandb_id"]
+    facts = {"step": step, "run": run, "layout": "plain", "strategy": "ddp", "world_size": 2, **more}
+    return store.commit(staged, {path.name: store.settle(path) for path in staged.iterdir()}, facts)
 
 
 def complete(folder: Path) -> None:
@@ -79,17 +81,35 @@ def test_another_run_before_a_checkpoint_begins_anew(tmp_path: Path, change: str
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
+def test_the_newest_whole_checkpoint_is_taken_and_the_others_set_aside(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     for step in (9, 10, 20, 100):
         save_checkpoint(tmp_path / "run", step)
-    (tmp_path / "run/checkpoint-100/optimizer.pt").write_bytes(b"")
-    for name in ("checkpoint-20/model.safetensors", "checkpoint-20/optimizer.pt"):
-        whole = (tmp_path / "run" / name).read_bytes()
-        (tmp_path / "run" / name).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "run/checkpoint-100/weights").write_bytes(b"")
+    (tmp_path / "run/checkpoint-20/weights").write_bytes(bytes(99) + b"1")
     attempt = inspect(config(tmp_path / "run"))
-    assert attempt.checkpoint == str(tmp_path / "run/checkpoint-10")
-    assert "no optimizer.pt" in attempt.notes[0] and "checkpoint-20 is not whole" in attempt.notes[1]
+    assert (attempt.checkpoint, attempt.begins_at) == (str(tmp_path / "run/checkpoint-10"), 10)
+    assert "checkpoint-100 is passed over: weights has 0 bytes, not 100" in attempt.notes[0]
+    assert "checkpoint-20 is passed over: weights was changed" in attempt.notes[1]
+    begin(tmp_path / "run")
+    left = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert left == ["checkpoint-10", "checkpoint-100.aside", "checkpoint-20.aside", "checkpoint-9"]
+
+
+def test_without_a_whole_checkpoint_the_run_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    (save_checkpoint(tmp_path / "run", 5) / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint .* is whole; --fresh .* checkpoint-5 .* was not committed"):
+        inspect(config(tmp_path / "run"))
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    begin(tmp_path / "other")
+    save_checkpoint(tmp_path / "run", 5)
+    save_checkpoint(tmp_path / "other", 9).rename(tmp_path / "run/checkpoint-9")
+    attempt = inspect(config(tmp_path / "run"))
+    assert attempt.begins_at == 5 and "checkpoint-9 is passed over: it is of another run" in attempt.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +169,7 @@ def test_a_finished_run_has_nothing_to_do_and_fresh_moves_it_aside(tmp_path: Pat
     assert said is not None and "test accuracy 0.2500" in said and f"{folder}.previous" in said
     replacing = inspect(config(folder, "--fresh", "--seed", "7"))
     assert (folder / "all_results.json").exists(), "moved when the new run begins, not before its data is read"
+    run_folder.move_aside(config(folder, "--fresh", "--seed", "7"), replacing)
     run_folder.open_attempt(config(folder, "--fresh", "--seed", "7"), replacing, ["a", "b"], FACTS)
     assert json.loads((tmp_path / "run.previous/all_results.json").read_text())["test_accuracy"] == 0.25
     assert not (folder / "all_results.json").exists() and "test accuracy 0.2500" in replacing.notes[0]
@@ -190,23 +211,160 @@ def test_a_file_or_someone_elses_folder_is_refused(tmp_path: Path) -> None:
         inspect(config(tmp_path))
 
 
-def test_a_failure_is_recorded(tmp_path: Path) -> None:
+def test_a_failure_is_recorded_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOUD_API_KEY", "c0ffee-c0ffee")
     begin(tmp_path / "run")
-    with pytest.raises(ZeroDivisionError), run_folder.failure_recorded(tmp_path / "run"):
-        raise ZeroDivisionError("by zero")
+    with (
+        pytest.raises(ZeroDivisionError),
+        failure.recorded(tmp_path / "run", lambda: {"step": 3, "last_images": ["7 (cat/7.png)"]}),
+    ):
+        raise ZeroDivisionError("by zero at https://me:hunter2@host/ with c0ffee-c0ffee and hf_abcdefgh123")
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["reason"], status["rank"]) == ("failed", "ZeroDivisionError: by zero", 0)
+    record = json.loads((tmp_path / "run/failure.json").read_text())
+    assert (status["state"], status["rank"]) == ("failed", 0)
+    assert record["reason"] == "ZeroDivisionError: by zero at https://***@host/ with *** and ***"
+    assert record["step"] == 3 and record["last_images"] == ["7 (cat/7.png)"] and record["memory"]["resident"] > 1e6
+    assert "test_run_folder.py" in "".join(record["traceback"]) and "torch" in record["versions"]
+    assert not [text for text in (json.dumps(status), json.dumps(record)) if "hunter2" in text or "c0ffee" in text]
 
 
-def test_a_best_checkpoint_that_is_gone_is_told_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")]
+)
+def test_out_of_memory_says_what_to_do(tmp_path: Path, error: BaseException) -> None:
     begin(tmp_path / "run")
-    best, newest = save_checkpoint(tmp_path / "run", 4), save_checkpoint(tmp_path / "run", 6)
-    (newest / "trainer_state.json").write_text(json.dumps({"global_step": 6, "best_global_step": 4}))
-    settings = config(tmp_path / "run")
-    assert inspect(settings).checkpoint == str(newest)
-    (best / "optimizer.pt").unlink()
-    with pytest.raises(UserError, match="names checkpoint-4 as the best so far, which is missing or not whole"):
-        inspect(settings)
+    said = r"lower --per_device_train_batch_size .* resident .* GB"
+    with pytest.raises(UserError, match=said), failure.recorded(tmp_path / "run", dict):
+        raise error
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_a_checkpoint_whose_best_model_is_gone_is_passed_over(tmp_path: Path) -> None:
+    """The steps since are done again, rather than the best model lost."""
+    begin(tmp_path / "run")
+    for step, best in ((2, 2), (4, 4), (6, 4)):
+        save_checkpoint(tmp_path / "run", step, best)
+    assert inspect(config(tmp_path / "run")).begins_at == 6
+    (tmp_path / "run/checkpoint-4/weights").unlink()
+    attempt = inspect(config(tmp_path / "run"))
+    assert attempt.begins_at == 2
+    assert "checkpoint-6 is passed over: its best model, checkpoint-4: weights is missing" in attempt.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "flags", "facts"),
+    [
+        ("learning_rate", ["--learning_rate", "5e-2"], {}),
+        ("seed", ["--seed", "1"], {}),
+        ("data", [], {"data": {"fingerprint": "g", "classes": "c"}}),
+        ("global_batch_size", [], {"global_batch_size": 128}),
+    ],
+)
+def test_a_change_that_is_allowed_is_recorded(
+    tmp_path: Path, key: str, flags: list[str], facts: dict[str, Any]
+) -> None:
+    folder = tmp_path / "run"
+    first = begin(folder)
+    save_checkpoint(folder, 5)
+    save_checkpoint(folder, 8)
+    (folder / "metrics.jsonl").write_text('{"step": 5}\n{"step": 7}\n{"step": 8}\n{"step": 9}\n')
+    with pytest.raises(UserError):
+        begin(folder, *flags, **facts)
+    again = begin(folder, *flags, "--allow_change", key, **facts)
+    assert again.checkpoint == str(folder / "checkpoint-8") and again.wandb_id == first.wandb_id
+    (change,) = json.loads((folder / "run.json").read_text())["changes"]
+    assert (change["attempt"], change["key"]) == (2, key) and change["before"] != change["now"]
+    assert (folder / "metrics.jsonl").read_text().count("step") == 3, "rows of other settings are made anew"
+    assert not begin(folder, *flags, **facts).changes[1:], "and it is not asked for again"
+
+
+def test_a_change_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    begin(folder)
+    save_checkpoint(folder, 5)
+    with pytest.raises(UserError, match="allow_change optim: a run cannot go on with another one"):
+        begin(folder, "--optim", "sgd", "--allow_change", "optim")
+    flags = ["--learning_rate", "5e-2", "--allow_change", "learning_rate"]
+    save_checkpoint(folder, 6, layout="zero", strategy="zero2")
+    with pytest.raises(UserError, match="DeepSpeed restores its own"):
+        run_folder.inspect(config(folder, *flags), "zero2", 2)
+    complete(folder)
+    with pytest.raises(UserError, match="a complete run cannot be changed; train on from it in a new one: --model"):
+        begin(folder, *flags)
+
+
+def test_a_lost_record_costs_no_rows_and_no_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = begin(folder)
+    save_checkpoint(folder, 5)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "run.json").unlink()
+    again = begin(folder)
+    assert (again.begins_at, again.wandb_id) == (5, first.wandb_id)
+    assert (folder / "metrics.jsonl").exists() and begin(folder).begins_at == 5
+
+
+def test_going_back_is_done_once(tmp_path: Path) -> None:
+    """The flag stands in a command that is started again and again."""
+    folder = tmp_path / "run"
+    begin(folder)
+    for step in (5, 9):
+        save_checkpoint(folder, step)
+    back = ["--resume_from_checkpoint", str(folder / "checkpoint-5")]
+    assert begin(folder, *back).begins_at == 5 and (folder / "checkpoint-9.aside").is_dir()
+    save_checkpoint(folder, 9)
+    again = begin(folder, *back)
+    assert again.begins_at == 9 and "went back to checkpoint-5 before" in again.notes[0]
+    with pytest.raises(UserError, match=r"is not named checkpoint-<step>; one that was set aside can be renamed back"):
+        begin(folder, "--resume_from_checkpoint", str(folder / "checkpoint-9.aside"))
+
+
+def test_fresh_is_meant_for_the_first_start_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setenv("VIT_DIST_JOB_ID", "1")
+    begin(folder)
+    monkeypatch.setenv("VIT_DIST_JOB_ID", "2")
+    begin(folder, "--fresh")
+    save_checkpoint(folder, 5)
+    assert begin(folder, "--fresh").begins_at == 5, "requeued"
+    assert (tmp_path / "run.previous").is_dir() and not (tmp_path / "run.previous-2").exists()
+
+
+def test_fresh_moves_what_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk/run")
+    (tmp_path / "disk/run").mkdir()
+    begin(tmp_path / "run")
+    begin(tmp_path / "run", "--fresh")
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "disk/run/run.json").exists()
+    assert (tmp_path / "disk/run.previous/run.json").exists()
+
+
+def test_an_unknown_change_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="allow_change learning_rat: no such setting; did you mean learning_rate"):
+        config(tmp_path, "--allow_change", "learning_rat")
+
+
+def test_attempts_without_progress_stop_at_three(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for number in (1, 2, 3):
+        assert begin(folder).number == number
+    run_folder.write_status(folder, "failed", reason="ValueError: again")
+    with pytest.raises(UserError, match=r"3 attempts in a row began at step 0 .* failed, ValueError: again"):
+        begin(folder)
+    begin(folder, "--allow_change", "restarts")
+    save_checkpoint(folder, 5)
+    assert begin(folder).begins_at == 5
+    for _ in range(5):  # a user's own Ctrl-C is no failure
+        run_folder.write_status(folder, "preempted", by="SIGINT on rank 0")
+        assert begin(folder).stalled == 0
+
+
+def test_a_folder_that_others_may_write_in_is_refused(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    (tmp_path / "run").chmod(0o777)
+    with pytest.raises(UserError, match=r"everybody may write in it; chmod -R o-w"):
+        inspect(config(tmp_path / "run"))
 
 
 def test_another_strategy_is_said(tmp_path: Path) -> None:

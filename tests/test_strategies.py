@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, EvalPrediction, ViTConfig, ViTForImageClassification
 
 from vit_dist import memory
-from vit_dist.checkpoint import damage, layout, obstacle
+from vit_dist.checkpoint.load import layout, obstacle
+from vit_dist.checkpoint.store import checkpoints, damage
 from vit_dist.config import load_config
 from vit_dist.data.pipeline import build_data
 from vit_dist.metrics import ClassificationMetrics
@@ -87,14 +88,12 @@ class Lab:
         return folder
 
     def cut(self, source: Path, name: str) -> Path:
-        """A copy of a run as it was right after its first checkpoint, whose random state was cut short."""
+        """A copy of a run as it was right after its first checkpoint."""
         folder = self.root / name
         shutil.copytree(source, folder)
         shutil.rmtree(folder / f"checkpoint-{STEPS}")
         shutil.rmtree(folder / "best")
         (folder / "all_results.json").unlink()
-        for path in (folder / "checkpoint-10").glob("rng_state*"):
-            os.truncate(path, 10)
         (folder / "status.json").write_text(json.dumps({"state": "running"}))
         return folder
 
@@ -311,6 +310,22 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds(lab: Lab, strategy
     assert time.monotonic() - killed < 10, output
     assert launched.returncode != 0
     assert not psutil.wait_procs(family, timeout=1)[1], "a process was left behind"
+
+
+@pytest.mark.parametrize("strategy", needing(("zero3", "fsdp2")))
+def test_killed_within_a_save_of_shares(lab: Lab, strategy: str) -> None:
+    """Rank 1 has written its share of step 20 and dies: step 20 was never saved. The faults of tests/faults."""
+    folder = lab.root / f"{strategy}_half_saved"
+    args = ["--per_device_train_batch_size", 4, "--global_batch_size", 8]
+    lab.launch(
+        folder.name, strategy, *args, expect=1, module="faulty_train", VIT_DIST_FAULT="after_write:1:2:kill9",
+        PYTHONPATH=str(Path(__file__).parent / "faults"),
+    )  # fmt: skip
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-10"] and damage(folder / "checkpoint-10") is None
+    assert "from checkpoint-10" in lab.launch(folder.name, strategy, *args).stdout
+    whole = lab.whole(strategy)
+    assert (whole / "best/model.safetensors").read_bytes() == (folder / "best/model.safetensors").read_bytes()
+    assert losses(folder) == losses(whole)
 
 
 @pytest.mark.parametrize("strategy", needing(("zero2", "fsdp2")))

@@ -26,11 +26,14 @@ class Batch:
         return f"{self.total} = {self.per_device} per device x {devices} x {self.accumulation} accumulation"
 
 
-def split_batch(config: Config, world_size: int) -> Batch:
+def split_batch(config: Config, world_size: int, keep: int | None = None) -> Batch:
     """The batch on `world_size` processes; `--global_batch_size` decides the accumulation.
 
-    Raises UserError, with the nearest sizes that divide, for one that does not.
+    `keep` is the global batch of a run that goes on: it is split anew, with at most `per_device_train_batch_size`
+    images at once on a device. Raises UserError, with the nearest sizes that divide, for one that does not.
     """
+    if keep is not None:
+        return _split_kept(config.training["per_device_train_batch_size"], world_size, keep)
     per_device = config.training["per_device_train_batch_size"]
     accumulation, asked = config.training["gradient_accumulation_steps"], config.scaling.global_batch_size
     if asked is None:
@@ -46,13 +49,27 @@ def split_batch(config: Config, world_size: int) -> Batch:
         nearest = [str(size) for size in (below, below + unit) if size]
         hint = f"the nearest that can: {' and '.join(nearest)}"
         if asked % world_size == 0:
-            share = asked // world_size
-            fits = next(size for size in range(min(per_device, share), 0, -1) if share % size == 0)
-            hint += f"; or --per_device_train_batch_size {fits}"
+            hint += f"; or --per_device_train_batch_size {_largest_divisor(asked // world_size, per_device)}"
         raise UserError(
             f"global_batch_size={asked} cannot be made of {per_device} per device x {world_size} processes; {hint}"
         )
     return Batch(per_device, world_size, asked // unit)
+
+
+def _split_kept(most: int, world_size: int, total: int) -> Batch:
+    if total % world_size:
+        sizes = [str(size) for size in range(1, total + 1) if total % size == 0]
+        raise UserError(
+            f"the run's global batch of {total} images cannot be shared by {world_size} processes; it can by "
+            f"{', '.join(sizes)}"
+        )
+    share = total // world_size
+    per_device = _largest_divisor(share, most)
+    return Batch(per_device, world_size, share // per_device)
+
+
+def _largest_divisor(of: int, most: int) -> int:
+    return next(size for size in range(min(most, of), 0, -1) if of % size == 0)
 
 
 def scaled_learning_rate(config: Config, batch: Batch) -> float:

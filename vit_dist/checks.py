@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from vit_dist import console, distributed
 from vit_dist.config import Config
 from vit_dist.errors import UserError
+from vit_dist.files import nearest_folder
 
 MIB, GIB = 2**20, 2**30
 
@@ -231,18 +232,12 @@ def check_cores(job: Job) -> Result:
 def check_disk(job: Job) -> Result | None:
     if job.args.process_index:
         return None  # rank 0 writes the checkpoints
-    free = shutil.disk_usage(nearest_folder(job.config)).free / GIB
+    free = shutil.disk_usage(nearest_folder(job.config.output_dir)).free / GIB
     state = f"{free:,.1f} GiB free for {job.config.output_dir}"
     if free >= 10:  # a checkpoint of ViT-B with its optimizer is 1 GiB, of ViT-L 3.4; save_total_limit 2 writes a third
         return Result("ok", state)
     cure = "make room, choose another --output_dir, or lower --save_total_limit"
     return Result("FAIL" if free < 1 else "warn", f"only {state}; {cure}")
-
-
-def nearest_folder(config: Config) -> Path:
-    """The run folder, or the first above it, that is there."""
-    folder = Path(os.path.abspath(config.output_dir))
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_wandb(job: Job) -> Result | None:

@@ -20,6 +20,13 @@ VERBS = {
     "doctor": "check processes, data, caches, disk and network before a run, without training",
 }
 
+# torchrun's options, which it reads from the environment: signals to pass on, and how long it waits for the processes
+# to commit a checkpoint before it kills them (seconds). launch/topology.sh has the same.
+FOR_LAUNCHERS = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+    "PET_SHUTDOWN_TIMEOUT": "110",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; exit code 2 for a command that makes no sense."""
@@ -49,6 +56,7 @@ def _run(verb: str, argv: list[str]) -> int:
     gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
     command = launch_command(argv, gpus, f"vit_dist.{verb}")
     if command is not None:
+        os.environ.update({**FOR_LAUNCHERS, **os.environ})
         os.execv(command[0], command)
     if verb == "doctor":
         from vit_dist.doctor import main as run

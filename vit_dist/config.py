@@ -35,6 +35,7 @@ from vit_dist.options import (
 )
 
 DEFAULT_RECIPE = "digits"
+OF_ONE_START = ("fresh", "resume_from_checkpoint", "allow_change")  # not of the run
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class Config:
         return Path(self.run.logging_dir) if self.run.logging_dir else self.output_dir / "logs"
 
     @property
+    def max_time(self) -> float | None:
+        """Seconds."""
+        return None if self.run.max_time is None else parse_duration("max_time", self.run.max_time)
+
+    @property
+    def hang_timeout(self) -> float:
+        """Seconds; 0 for never."""
+        return parse_duration("hang_timeout", self.run.hang_timeout)
+
+    @property
     def precision(self) -> str:
         return "bf16" if self.training["bf16"] else "fp16" if self.training["fp16"] else "fp32"
 
@@ -77,7 +88,7 @@ class Config:
         return {
             key: value.value if isinstance(value, enum.Enum) else value
             for key, value in {**ours, **self.training}.items()
-            if key not in SECRET_KEYS and key not in ("fresh", "resume_from_checkpoint")  # of one start, not of the run
+            if key not in SECRET_KEYS and key not in OF_ONE_START
         }
 
 
@@ -86,12 +97,13 @@ def load_config(argv: Sequence[str]) -> Config:
 
     Raises UserError for an unknown key or flag, a value of the wrong type, or a setting that cannot be honoured.
     """
-    _refuse_secrets(argument[2:].split("=")[0] for argument in argv if argument.startswith("--"))
+    _refuse_secrets(argument.lstrip("-").split("=")[0] for argument in argv if "=" in argument or argument[:1] == "-")
     parser = _parser()
     parser.set_defaults(**TRAINING_DEFAULTS)
     flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**{_GIVEN: set()}))
     if unknown:
-        raise UserError(_unknown_message(f"unknown argument {unknown[0]}", unknown[0].lstrip("-"), parser, "--"))
+        name = unknown[0].split("=")[0]  # a value may be a secret behind a misspelt name
+        raise UserError(_unknown_message(f"unknown argument {name}", name.lstrip("-"), parser, "--"))
     recipe = flags.recipe or (None if "data" in flags.given else DEFAULT_RECIPE)
     values: dict[str, Any] = {}
     if recipe is not None:
@@ -111,6 +123,18 @@ def load_config(argv: Sequence[str]) -> Config:
         training={f.name: settings[f.name] for f in dataclasses.fields(TrainingArguments) if f.init},
         source=f"recipe {path}" if recipe else "flags",
     )
+
+
+def parse_duration(key: str, text: str) -> float:
+    """Seconds in `3h50m`, `90s`, `1d2h`, or a plain number of seconds. Raises UserError."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1, "": 1}
+    number = r"[0-9]{1,9}(\.[0-9]+)?"
+    if not re.fullmatch(rf"({number}[dhms])+|{number}", text):
+        raise UserError(f"{key}={text} is no duration; write it like 3h50m, 90s or 1d2h")
+    seconds = sum(float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)([dhms]?)", text))
+    if seconds > 366 * 86400:
+        raise UserError(f"{key}={text}: give at most a year")
+    return seconds
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -200,6 +224,7 @@ def _find_recipe(recipe: str) -> Path:
         return shipped[recipe]
     near = difflib.get_close_matches(Path(recipe).stem, shipped, n=1)
     hint = f"did you mean {near[0]}?" if near else f"recipes that come with the package: {', '.join(sorted(shipped))}"
+    recipe = recipe.split("=")[0]
     raise UserError(f"no recipe {recipe}: not a file, not the name of a shipped recipe; {hint}")
 
 
@@ -208,7 +233,9 @@ def _read_recipe(path: Path, parser: _Parser) -> dict[str, Any]:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        mark = getattr(error, "problem_mark", None)  # the line itself is not shown: it may hold a secret
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or 'not UTF-8'}") from None
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -273,7 +300,7 @@ def _unknown_message(what: str, key: str, parser: _Parser, prefix: str = "") -> 
 
 def _refuse_secrets(keys: Iterable[str], where: str = "command line") -> None:
     for key in keys:
-        if key.replace("-", "_") in SECRET_KEYS:
+        if key.replace("-", "_").lower() in SECRET_KEYS:
             raise UserError(
                 f"{where}: {key}: secrets are not taken from flags or recipes, which end up in logs; "
                 "use the environment (HF_TOKEN, WANDB_API_KEY) or `hf auth login`, `wandb login`"
@@ -288,6 +315,16 @@ def _refuse_values(settings: dict[str, Any]) -> None:
         value = settings[key]
         if value is not None and not least <= value <= most:
             raise UserError(f"{key}={value}: give a number from {least:g} to {most:g}")
+    for key in ("max_time", "hang_timeout"):
+        if settings[key] is not None:
+            parse_duration(key, settings[key])
+    if settings["early_stopping_patience"] and not settings["load_best_model_at_end"]:
+        raise UserError("early_stopping_patience needs evaluations and --load_best_model_at_end to say what is better")
+    for key in settings["allow_change"]:
+        known = {*settings, "restarts"} - {"recipe", _GIVEN}
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"allow_change {key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
     if settings["bf16"] and settings["fp16"]:
         raise UserError("bf16 and fp16: give one of them")
     if str(settings["train_sampling_strategy"]) not in ("random", "sequential"):

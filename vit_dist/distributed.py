@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -51,6 +52,33 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class Channel:
+    """A process group of its own between the CPUs of all ranks, so that its collectives may run in another thread than
+    training's. Making one is a collective; without a process group it talks to itself.
+
+    `timeout` is how long a rank waits for the slowest one.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(hours=2)) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order (all ranks participate)."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank (all ranks participate; no device is involved)."""
+        if self.group is None:
+            return flag
+        box = torch.tensor(int(flag))
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(box)
 
 
 def agree(what: str, value: str) -> None:
@@ -116,19 +144,42 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-@functools.cache  # asked by the run folder's record and by the entry point
+@functools.cache  # asked by the failure record and by the entry point
 def first_to_fail() -> bool:
     """Whether this process is the first of its job to fail, and so the one whose error is shown.
 
     Asks the launcher's key-value store, which outlives the workers; when in doubt, yes. Not a collective.
     """
-    environ = os.environ
     if launched_world_size() == 1:
         return True
     try:
-        store = dist.TCPStore(
-            environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
-        )
-        return store.add(f"vit_dist/failed/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        return _store().add(_failures(), 1) == 1
     except Exception:
         return True
+
+
+class Peers:
+    """Whether another process of the job has failed, for a thread that watches. Not a collective."""
+
+    def __init__(self) -> None:
+        self._client: dist.TCPStore | None = None
+        if launched_world_size() > 1:
+            with contextlib.suppress(Exception):
+                self._client = _store()
+
+    def failed(self) -> bool:
+        try:
+            return self._client is not None and self._client.add(_failures(), 0) > 0
+        except Exception:  # the launcher is gone, or busy
+            return False
+
+
+def _store() -> dist.TCPStore:
+    environ = os.environ
+    return dist.TCPStore(
+        environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
+    )
+
+
+def _failures() -> str:
+    return f"vit_dist/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

@@ -26,9 +26,11 @@ import torch
 from transformers import TrainingArguments
 
 from vit_dist import checks, console, distributed, entry, run_folder
-from vit_dist.checks import MIB, Job, Process, Result, nearest_folder
+from vit_dist.batch import split_batch
+from vit_dist.checks import MIB, Job, Process, Result
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
+from vit_dist.files import nearest_folder
 
 HELP = f"""usage: vit-dist doctor [RECIPE] [--flag value ...]
 
@@ -51,8 +53,9 @@ def doctor(config: Config) -> bool:
 
     idle_gpus = distributed.use_one_device()
     precision = tried(checks.check_precision, config)
+    batch = split_batch(config, distributed.launched_world_size(), run_folder.batch_to_keep(config))
     with waiting("launch"):
-        args = build_arguments(config)  # joins the process group
+        args = build_arguments(config, batch)  # joins the process group
     memory = tried(checks.check_memory, args.device)  # before the first collective takes its share
     asked = tried(lambda: Result("ok", strategy.prepare(args)))
     with waiting("launch"):
@@ -215,8 +218,9 @@ def check_run_folder(job: Job) -> Result:
 def _leave_file(job: Job) -> Path:
     """An empty file in the run folder, or in the nearest folder above it."""
     if job.args.process_index == 0 and job.strategy.status == "ok":
+        run_folder.check(job.config)
         run_folder.inspect(job.config, job.strategy.detail, job.args.world_size)  # what `train` would refuse
-    folder = nearest_folder(job.config)
+    folder = nearest_folder(job.config.output_dir)
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output_dir")
     handle, path = tempfile.mkstemp(prefix=".vit_dist-doctor-", dir=folder)

@@ -6,12 +6,15 @@ import os
 import traceback
 from collections.abc import Callable
 
-from vit_dist import console, distributed
+from vit_dist import console, distributed, stop
 from vit_dist.errors import UserError
+from vit_dist.redact import redact
 
 
 def run(body: Callable[[], int], interrupted: str) -> int:
-    """The exit code of `body`; 2 and one line for a user's error, 1 and the first failing rank's traceback else."""
+    """The exit code of `body`: 2 and one line for a user's error, 75 if it was asked to stop (130 where only Ctrl-C is
+    heard), 1 and the first failing rank's traceback else.
+    """
     console.set_up(distributed.launched_rank())
     try:
         code = body()
@@ -19,6 +22,11 @@ def run(body: Callable[[], int], interrupted: str) -> int:
         return code
     except UserError as error:
         return _fail(f"error: {error}", 2)
+    except stop.Interrupted as asked:
+        if asked.agreed:  # all ranks are here, and what there was to say is said
+            distributed.leave()
+            return stop.EXIT_CODE
+        return _fail(f"stopped ({asked} on rank {distributed.launched_rank()}); {interrupted}", stop.EXIT_CODE)
     except KeyboardInterrupt:
         return _fail(interrupted, 130)
     except Exception:
@@ -27,8 +35,9 @@ def run(body: Callable[[], int], interrupted: str) -> int:
 
 def _fail(message: str, code: int) -> int:
     """Show the first failure of the job, and no other; then leave without another collective."""
+    stop.ignore()  # the launcher may be ending us already, because another process failed alike
     if distributed.first_to_fail():
-        console.show_error(message)
+        console.show_error(redact(message))
     if distributed.launched_world_size() > 1:
         # Ordinary interpreter exit can wait for a process group whose peers are gone. The launcher ends the others.
         os._exit(code)

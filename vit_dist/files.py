@@ -22,3 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or the first above it, that is there."""
+    folder = Path(os.path.abspath(folder))
+    return next(path for path in (folder, *folder.parents) if path.exists())

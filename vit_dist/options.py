@@ -127,6 +127,31 @@ class RunOptions:
         default_factory=list,
         metadata={"help": "Further `evaluate` metrics, by name or path, beside the ones that are always computed."},
     )
+    early_stopping_patience: int | None = _option(
+        None, "Stop after this many evaluations in a row without a better `metric_for_best_model`."
+    )
+    early_stopping_threshold: float = _option(0.0, "How much better it must get to count for early stopping.")
+    max_time: str | None = _option(
+        None,
+        "Stop by itself after this time (`3h50m`, `90s`), with a committed checkpoint and exit code 75; the same "
+        "command goes on. Choose it shorter than the job's limit by the time of a step and a save.",
+    )
+    hang_timeout: str = _option(
+        "30m",
+        "End the job if no process gets on with a step for this long, and leave every process's stack in the run "
+        "folder; 0 never does. On CPUs nothing else would end it.",
+    )
+    save_keep_every: int | None = _option(
+        None, "Besides the checkpoints of `save_total_limit`, keep each one whose step is a multiple of this."
+    )
+    allow_change: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Settings (or `data`, `global_batch_size`, `model_revision`) that may differ from those that the "
+            "run began with; the change is recorded in run.json. `restarts`: try again after three attempts without "
+            "progress."
+        },
+    )
     logging_dir: str | None = _option(
         None, "Where TensorBoard logs go, with `--report_to tensorboard`. Default: <output_dir>/logs."
     )
@@ -144,6 +169,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,  # there are no columns: our data set yields what the model takes
     "logging_nan_inf_filter": False,  # a NaN is an error, not a number to average away
     "ddp_find_unused_parameters": False,  # one pass over the graph less per step; every parameter is used
+    "log_level": "error",  # upstream's warnings about its own files on a resumption, on every rank
+    "log_level_replica": "error",
     "report_to": None,  # None: Weights & Biases if the user is logged in
     "dataloader_num_workers": None,  # None: from the cores this process may use
 }
@@ -188,6 +215,7 @@ REFUSED = {
     "bf16_full_eval": (True, "the saved weights would not be those that were evaluated; --bf16 evaluates in bf16 too"),
     "fp16_full_eval": (True, "the saved weights would not be those that were evaluated"),
     "batch_eval_metrics": (True, "metrics are computed over the whole split, so that they are exact"),
+    "push_to_hub": (True, "upload the finished model: hf upload <name> <output_dir>/best"),
     "remove_unused_columns": (True, "the data set has no columns to remove"),
     "eval_on_start": (True, "the first evaluation is at the first `eval_strategy` point"),
     "logging_nan_inf_filter": (True, "a NaN loss stops the run instead of being averaged away"),
@@ -215,4 +243,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data_seed": (0, 2**32 - 1),
     "dataloader_num_workers": (0, 4096),
     "save_total_limit": (1, 1e9),
+    "save_keep_every": (1, 1e9),
+    "early_stopping_patience": (1, 1e9),
+    "early_stopping_threshold": (0, 1e30),
 }

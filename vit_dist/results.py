@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vit_dist import console, report, run_folder
+from vit_dist import console, report, run_folder, stop
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.pipeline import ImageData
@@ -59,6 +60,21 @@ def conclude(
         _tell(config, trainer, results, trackers)
     on_main(lambda: run_folder.write_status(config.output_dir, "complete", step=trainer.state.global_step))
     console.say(run_folder.describe(config.output_dir))
+
+
+def conclude_interrupted(
+    config: Config, trainer: ExactTrainer, by: stop.Interrupted, attempt: int, trackers: Trackers | None
+) -> None:
+    """The end of a run that was asked to stop: what a batch system reads first, then the rest (rank 0 writes)."""
+    if trainer.args.process_index:
+        return
+    step = trainer.writer.committed
+    with contextlib.suppress(OSError):  # a full disk, whose saves have said so
+        run_folder.write_status(config.output_dir, "preempted", attempt=attempt, step=step or 0, by=str(by))
+    saved = f"checkpoint-{step} is committed" if step else "nothing was saved yet"
+    console.say(f"stopped at step {trainer.state.global_step} ({by}): {saved}; the same command goes on")
+    if trackers is not None and trackers.wandb is not None and (line := trackers.wandb.close(preempted=True)):
+        console.say(line)
 
 
 def computed_in(trainer: ExactTrainer) -> torch.dtype:

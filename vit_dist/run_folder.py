@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +20,15 @@ from typing import Any
 
 import yaml
 
-from vit_dist.checkpoint import checkpoints, damage, obstacle, trainer_state
+from vit_dist.batch import Batch
+from vit_dist.callbacks.metrics_file import truncate_metrics
+from vit_dist.checkpoint import store
+from vit_dist.checkpoint.load import obstacle, trainer_state
 from vit_dist.config import Config, write_config
-from vit_dist.distributed import first_to_fail, launched_rank
 from vit_dist.errors import UserError
 from vit_dist.files import replacing
+from vit_dist.owner import LOCK
+from vit_dist.redact import redact
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"
@@ -37,10 +42,20 @@ FREE = {
     "save_total_limit", "resume_from_checkpoint", "local_rank", "ddp_timeout", "ddp_backend", "use_cpu",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
     "do_train", "do_eval", "do_predict", "verify_images", "eval_accumulation_steps", "deepspeed", "fsdp", "fsdp_config",
+    "max_time", "hang_timeout", "save_keep_every",
 }  # fmt: skip
 
 
 PINNED = ("data", "global_batch_size", "model_revision")  # facts that must not change between two attempts
+SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")  # settings of the batch
+FIXED = ("optim", "lr_scheduler_type", "image_size", "from_scratch")  # a checkpoint's state would not fit
+OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+MOST_STALLED = 3  # attempts that begin at the same step and get no further
+
+
+def new_id() -> str:
+    """Names a run, in its checkpoints and at Weights & Biases."""
+    return uuid.uuid4().hex[:12]
 
 
 @dataclass
@@ -49,45 +64,83 @@ class Attempt:
 
     number: int = 1
     checkpoint: str | None = None  # to resume from
-    wandb_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    begins_at: int = 0  # its step
+    stalled: int = 0  # earlier attempts that began there too
+    changes: list[dict[str, Any]] = field(default_factory=list)  # what --allow_change let pass, of all attempts
+    wandb_id: str = field(default_factory=new_id)
     finished: str | None = None  # what a complete run has to say, if there is nothing to do
     replaces: str | None = None  # the earlier run that `--fresh` moves aside
     notes: list[str] = field(default_factory=list)
 
 
-def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
-    """Decide what to do about the run folder, without changing anything in it.
-
-    Raises UserError if the folder is not a run folder, or holds a run with other settings or one that this launch
-    cannot resume.
-    """
+def check(config: Config) -> None:
+    """Raises UserError for a folder that no run may have: a file, somebody's work, or one that others may change."""
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another --output_dir")
     _check_asked_checkpoint(config)
-    if not folder.exists() or not any(folder.iterdir()):
+    if not _is_new(folder):
+        if not any((folder / name).exists() for name in (STATUS, RECORD, CONFIG)):
+            raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
+        if problem := store.untrusted(folder):
+            raise UserError(f"output_dir {folder}: {problem}; checkpoints in it could be anybody's")
+
+
+def batch_to_keep(config: Config) -> int | None:
+    """The global batch of the run that this command continues, if its settings ask for no other."""
+    before = _settings(config.output_dir / CONFIG)
+    now = config.resolved()
+    if config.run.fresh or not before or any(before.get(key) != now[key] for key in SPLIT):
+        return None
+    return read_json(config.output_dir / RECORD).get("global_batch_size")
+
+
+def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
+    """Decide what to do about the run folder, without changing anything in it.
+
+    Raises UserError if it holds a run with other settings, or one that this launch cannot resume.
+    """
+    folder = config.output_dir
+    if _is_new(folder):
         return Attempt()
     status, record = read_json(folder / STATUS), read_json(folder / RECORD)
-    if not any((folder / name).exists() for name in (STATUS, RECORD, CONFIG)):
-        raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
     summary = describe(folder)
-    if config.run.fresh:
+    if config.run.fresh and not _began_it(record):
         return Attempt(replaces=summary)
     attempt = Attempt(number=record.get("attempts", 0) + 1)
     complete = status.get("state") == "complete"
     if not complete:
-        attempt.checkpoint, attempt.notes = _newest_checkpoint(config, strategy, world_size)
+        attempt.checkpoint, attempt.notes = _newest_checkpoint(config, strategy, world_size, record)
+        attempt.begins_at = store.step_of(Path(attempt.checkpoint)) if attempt.checkpoint else 0
         before = record.get("strategy", strategy), record.get("world_size", world_size)
         if attempt.checkpoint and before != (strategy, world_size):
             attempt.notes.append(f"was {before[0]} on {before[1]} processes, goes on as {strategy} on {world_size}")
-    changed = _changes(folder / CONFIG, config)
-    if changed and (complete or attempt.checkpoint):
+        _count_stalled(config, attempt, status, record)
+    begun = complete or attempt.checkpoint is not None  # else nothing was saved that other settings could spoil
+    if begun and not _settings(folder / CONFIG):
         raise UserError(
-            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same settings to continue it, "
-            "another --output_dir for a new run, or --fresh to start over"
+            f"{folder / CONFIG} cannot be read, so whether this is the same run is not known; bring it back, or start "
+            "over with --fresh"
         )
-    if not changed:  # else nothing was saved that other settings could spoil: a new run
-        attempt.wandb_id = record.get("wandb_id", attempt.wandb_id)
+    changed = _changes(folder / CONFIG, config)
+    attempt.changes = list(record.get("changes", []))
+    if begun:
+        _allow(config, attempt, changed, strategy)
+    if begun and changed:
+        listed = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
+        raise UserError(
+            f"{folder} holds a run with other settings: {listed}. Give the same settings to continue it, "
+            f"--allow_change {' '.join(changed)} to go on with the new ones, another --output_dir for a new run, or "
+            "--fresh to start over"
+        )
+    if not changed:  # else it is a new run
+        known = store.read_manifest(Path(attempt.checkpoint)).get("run") if attempt.checkpoint else None
+        attempt.wandb_id = record.get("wandb_id") or known or attempt.wandb_id
+    if complete and attempt.changes != record.get("changes", []):
+        raise UserError(
+            f"{summary}: a complete run cannot be changed; train on from it in a new one: --model {folder / 'best'} "
+            "--output_dir ANOTHER"
+        )
     if complete:
         attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {_aside(folder)}"
     return attempt
@@ -100,7 +153,7 @@ def describe(folder: Path) -> str:
     parts += [
         f"{kind} accuracy {results[key]:.4f}" for kind in ("eval", "test") if (key := f"{kind}_accuracy") in results
     ]
-    count = len(list(folder.glob("checkpoint-*")))
+    count = sum(map(store.is_committed, store.checkpoints(folder)))
     parts += [f"{count} checkpoint{'s' if count != 1 else ''}"] if count else []
     return ", ".join(parts)
 
@@ -120,44 +173,104 @@ def facts(
     }
 
 
-@contextlib.contextmanager
-def failure_recorded(folder: Path) -> Iterator[None]:
-    """Any rank: if the block fails here first, status.json says so."""
+def move_aside(config: Config, attempt: Attempt) -> None:
+    """What `--fresh` does with the earlier run. The folder may be a link: what it leads to is moved."""
+    folder = config.output_dir.resolve()
+    aside = _aside(folder)
     try:
-        yield
-    except BaseException as error:
-        if first_to_fail():
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # a full disk may be what failed; the first error is the one to show
-                write_status(folder, "failed", reason=reason, rank=launched_rank())
-        raise
+        folder.rename(aside)
+        folder.mkdir(mode=0o775)
+        (aside / LOCK).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be moved to {aside}: {error}") from None
+    attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}; leave --fresh out to continue")
 
 
-def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: dict[str, Any]) -> None:
+def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: dict[str, Any]) -> Attempt:
     """Write the attempt's settings, class list and record; `facts` are fingerprints and batch arithmetic.
 
     Raises UserError if the data or the global batch are not those that the run began with, or nothing can be written.
     """
-    folder = config.output_dir
+    folder, asked = config.output_dir, config.training["resume_from_checkpoint"]
     try:
-        if attempt.replaces:
-            aside = _aside(folder)
-            folder.rename(aside)
-            attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}; leave --fresh out to continue")
         before = read_json(folder / RECORD)
-        changed = [key for key in PINNED if key in before and before[key] != facts[key]]
-        if changed and attempt.checkpoint:
-            raise UserError(_fact_message(folder, changed[0], before[changed[0]], facts[changed[0]]))
-        if changed or before.get("wandb_id") != attempt.wandb_id:  # not a continuation
+        changed = {key: (before[key], facts[key]) for key in PINNED if key in before and before[key] != facts[key]}
+        if attempt.checkpoint:
+            _allow(config, attempt, changed, facts["strategy"])
+            for key, (was, now) in changed.items():
+                raise UserError(_fact_message(folder, key, was, now))
+        if not attempt.checkpoint and (changed or before.get("wandb_id") != attempt.wandb_id):  # not a continuation
             (folder / METRICS).unlink(missing_ok=True)
+            attempt.wandb_id = new_id() if changed else attempt.wandb_id
         folder.mkdir(parents=True, exist_ok=True)
-        write_status(folder, "running", attempt=attempt.number)  # first: it marks the folder as a run's
+        write_status(folder, "running", attempt=attempt.number, step=attempt.begins_at)  # first: it marks the folder
+        _clear(folder, attempt)
         with replacing(folder / CONFIG) as partial:
             write_config(config, partial)
         write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
-        write_json(folder / RECORD, {"attempts": attempt.number, "wandb_id": attempt.wandb_id, **facts})
+        record = {
+            "attempts": attempt.number,
+            "job": os.environ.get("VIT_DIST_JOB_ID"),
+            "went_back_to": Path(asked).name if asked else before.get("went_back_to"),
+            "wandb_id": attempt.wandb_id,
+            "began_at": attempt.begins_at,
+            "stalled": attempt.stalled,
+            "changes": attempt.changes,
+        }
+        write_json(folder / RECORD, {**record, **facts})
+        return attempt
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
+
+
+def _clear(folder: Path, attempt: Attempt) -> None:
+    """Remove what an earlier attempt had begun; checkpoints that this one goes back behind are set aside."""
+    store.clear(folder)
+    for path in list(store.checkpoints(folder)):
+        if store.step_of(path) > attempt.begins_at or not store.is_committed(path):
+            attempt.notes.append(f"{path.name} is kept as {store.set_aside(path).name}")
+    if any(change["attempt"] == attempt.number for change in attempt.changes):
+        truncate_metrics(folder / METRICS, attempt.begins_at)  # the rows after it were made with other settings
+
+
+def _allow(config: Config, attempt: Attempt, changed: dict[str, tuple[Any, Any]], strategy: str) -> None:
+    """Take what --allow_change names out of `changed`, and put it on record."""
+    for key in config.run.allow_change:
+        if key in changed and key in FIXED:
+            raise UserError(f"allow_change {key}: a run cannot go on with another one; begin a new run")
+        if key in changed and key in OF_OPTIMIZER and strategy.startswith("zero"):
+            raise UserError(f"allow_change {key}: DeepSpeed restores its own; not under {strategy}")
+        if key in changed:
+            before, now = changed.pop(key)
+            attempt.changes.append({"attempt": attempt.number, "key": key, "before": before, "now": now})
+            shown = f" from {before!r} to {now!r}" if not isinstance(now, dict) else ""
+            attempt.notes.append(f"{key} changed{shown} at step {attempt.begins_at}, as allowed")
+
+
+def _began_it(record: dict[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this very job began the run and was started again: `--fresh` was meant for its first start."""
+    restarted = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return restarted or (record.get("job") is not None and record["job"] == environ.get("VIT_DIST_JOB_ID"))
+
+
+def _count_stalled(config: Config, attempt: Attempt, status: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises UserError if the attempts before this one began at the same step, and none got on."""
+    wished = status.get("state") == "preempted" and str(status.get("by")).startswith("SIGINT")
+    if record.get("began_at") == attempt.begins_at and not wished:
+        attempt.stalled = record.get("stalled", 0) + 1
+    if "restarts" in config.run.allow_change:
+        attempt.stalled = 0
+    if attempt.stalled >= MOST_STALLED:
+        why = status.get("reason", "it was killed")
+        raise UserError(
+            f"{config.output_dir}: {attempt.stalled} attempts in a row began at step {attempt.begins_at} and saved "
+            f"nothing further (the last: {status.get('state', 'unknown')}, {why}); mend the cause and start with "
+            "--allow_change restarts"
+        )
+
+
+def _is_new(folder: Path) -> bool:
+    return not folder.exists() or not any(path.name != LOCK for path in folder.iterdir())
 
 
 def _fact_message(folder: Path, key: str, before: Any, now: Any) -> str:
@@ -174,15 +287,30 @@ def _fact_message(folder: Path, key: str, before: Any, now: Any) -> str:
     )
 
 
+def manifest_facts(attempt: Attempt, facts: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """What a checkpoint's manifest states about its run."""
+    return {
+        "run": attempt.wandb_id,
+        "attempt": attempt.number,
+        "strategy": facts["strategy"],
+        "world_size": facts["world_size"],
+        "batch": {**dataclasses.asdict(batch), "total": batch.total},
+        "data": facts["data"]["fingerprint"],
+        "classes": facts["data"]["classes"],
+    }
+
+
 def write_status(folder: Path, state: str, **details: Any) -> None:
-    """status.json: `state` is running, complete or failed; replaced in one step, so that no reader sees half of it."""
+    """status.json: `state` is running, preempted, failed or complete; replaced in one step, so that no reader sees half
+    of it.
+    """
     facts = {
         "state": state,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    write_json(folder / STATUS, {**facts, **details})
+    write_json(folder / STATUS, {**facts, **{k: redact(v) if isinstance(v, str) else v for k, v in details.items()}})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -232,6 +360,10 @@ def _aside(folder: Path) -> Path:
 
 def _check_asked_checkpoint(config: Config) -> None:
     asked = config.training["resume_from_checkpoint"]
+    if asked and not re.fullmatch(r"checkpoint-[0-9]+", Path(asked).name):
+        raise UserError(
+            f"resume_from_checkpoint={asked} is not named checkpoint-<step>; one that was set aside can be renamed back"
+        )
     if asked and Path(asked).resolve().parent != config.output_dir.resolve():
         raise UserError(
             f"resume_from_checkpoint={asked} is not a checkpoint of the run in {config.output_dir}; to train on from "
@@ -239,42 +371,63 @@ def _check_asked_checkpoint(config: Config) -> None:
         )
 
 
-def _newest_checkpoint(config: Config, strategy: str, world_size: int) -> tuple[str | None, list[str]]:
-    """The newest whole checkpoint, and a note on each newer one that is not.
+def _newest_checkpoint(
+    config: Config, strategy: str, world_size: int, record: dict[str, Any]
+) -> tuple[str | None, list[str]]:
+    """The newest checkpoint that is as it was committed, and so is the best one that it names; notes on the others.
 
-    Raises UserError if this launch cannot resume from it: going on from another one would lose work.
+    Raises UserError if none of several is, or if this launch cannot resume from it: going on from another one would
+    lose work.
     """
     asked = config.training["resume_from_checkpoint"]
     notes: list[str] = []
-    for path in [Path(asked)] if asked else checkpoints(config.output_dir):
-        reason = damage(path)
+    if asked and record.get("went_back_to") == Path(asked).name:
+        notes.append(
+            f"went back to {Path(asked).name} before, and goes on from there; set newer ones aside to do it again"
+        )
+        asked = None
+    broken: dict[Path, str | None] = {}
+
+    def problem(path: Path) -> str | None:
+        if path not in broken:
+            run = store.read_manifest(path).get("run")
+            other = "it is of another run" if run != record.get("wandb_id", run) else None
+            broken[path] = (store.damage(path) or other) if path.is_dir() else "it is missing"
+        return broken[path]
+
+    def problem_of_both(path: Path) -> str | None:
+        best = trainer_state(path).get("best_global_step")
+        beside = store.named(path.parent, best) if best else path
+        found = problem(path) or problem(beside)  # of the best one only the weights are needed
+        return f"its best model, {beside.name}: {found}" if found and not problem(path) else found
+
+    for path in [Path(asked)] if asked else store.checkpoints(config.output_dir):
+        reason = problem_of_both(path)
         if reason and asked:
             raise UserError(f"resume_from_checkpoint={asked}: {reason}")
         if reason:
-            notes.append(f"{path} is not whole ({reason}) and is passed over")
-        elif (best := trainer_state(path).get("best_global_step")) and damage(config.output_dir / f"checkpoint-{best}"):
-            raise UserError(
-                f"{path} names checkpoint-{best} as the best so far, which is missing or not whole: bring it back, or "
-                f"remove {path} to go on from an older one"
-            )
+            notes.append(f"{path.name} is passed over: {reason}")
         elif reason := obstacle(path, strategy, world_size):
             raise UserError(f"{path} cannot be resumed by this launch ({strategy}, {world_size} processes): {reason}")
         else:
             return str(path), notes
+    if any(store.checkpoints(config.output_dir)):
+        raise UserError(f"no checkpoint in {config.output_dir} is whole; --fresh starts over. {'; '.join(notes)}")
     return None, notes
 
 
-def _changes(path: Path, config: Config) -> list[str]:
-    """Settings that differ from those in a run's config.yaml, where that matters."""
+def _settings(path: Path) -> dict[str, Any]:
+    """A run's config.yaml; empty if there is none or it cannot be read."""
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict):
-        return [f"{path} cannot be read"]
-    now = config.resolved()
-    return [
-        f"{key} {before[key]!r} -> {now[key]!r}"
-        for key in now
-        if key not in FREE and key in before and before[key] != now[key]
-    ]
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those in a run's config.yaml, where that matters: (before, now)."""
+    before, now = _settings(path), config.resolved()
+    return {
+        key: (before[key], now[key]) for key in now if key not in FREE and key in before and before[key] != now[key]
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vit_dist import __version__
-from vit_dist.batch import split_batch
+from vit_dist.batch import Batch
 from vit_dist.config import Config
 from vit_dist.data.pipeline import ImageData
 from vit_dist.model import BuiltModel
@@ -21,6 +21,7 @@ def describe(
     data: ImageData,
     built: BuiltModel,
     trainer: ExactTrainer,
+    batch: Batch,
     strategy: str,
     idle_gpus: int,
     reporting: Trackers | None,
@@ -39,7 +40,7 @@ def describe(
     lines += [
         ("model", built.description),
         ("devices", devices),
-        ("batch", str(split_batch(config, args.world_size))),
+        ("batch", str(batch)),
         ("steps", f"{batches.steps_per_epoch:,} per epoch, {steps:,} in all"),
         ("rate", describe_rate(config, args.learning_rate, steps)),
         ("output", f"{config.output_dir}; {metrics}"),

@@ -11,33 +11,67 @@ The same command again continues the run where it stopped. --help lists all opti
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from vit_dist import console, distributed, entry, run_folder
+from vit_dist import console, distributed, entry, run_folder, stop
+from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
+from vit_dist.owner import owned
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from vit_dist.callbacks.watchdog import Watchdog
 
 
 def train(config: Config) -> None:
     """The order of events of a run; every rank runs it. Raises UserError for what the user can mend."""
     # Slow to import; a mistake in the command should be told at once.
+    from vit_dist import failure, strategy
+    from vit_dist.trainer import build_arguments
+
+    stop.listen(config.max_time)
+    idle_gpus = distributed.use_one_device()
+    strategy.check_owners(config.precision)
+    run_folder.check(config)
+    batch = split_batch(config, distributed.launched_world_size(), run_folder.batch_to_keep(config))
+    args = build_arguments(config, batch)  # joins the process group
+    distributed.check_launch(args)
+    distributed.agree("batch", str(batch))
+    asked = strategy.prepare(args)
+    with contextlib.ExitStack() as held:
+        distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
+        attempt = distributed.on_main(lambda: run_folder.inspect(config, asked, args.world_size))
+        if attempt.finished:
+            console.say(attempt.finished)
+            return
+        watchdog = held.enter_context(failure.watchdog(config))
+        with failure.interruption_recorded(config.output_dir, attempt):
+            fit(config, args, batch, asked, attempt, watchdog, idle_gpus, held)
+
+
+def fit(
+    config: Config,
+    args: TrainingArguments,
+    batch: Batch,
+    asked: str,
+    attempt: run_folder.Attempt,
+    watchdog: Watchdog,
+    idle_gpus: int,
+    held: contextlib.ExitStack,
+) -> None:
+    """From the data to the report, in a folder that is ours. `asked` is the strategy; `held` ends with the run."""
     import torch
 
-    from vit_dist import results, strategy, summary, trackers
+    from vit_dist import failure, results, strategy, summary, trackers
+    from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.data.pipeline import build_data
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
-    from vit_dist.trainer import build_arguments, build_trainer, require_metric
-
-    idle_gpus = distributed.use_one_device()
-    strategy.check_owners(config.precision)
-    args = build_arguments(config)  # joins the process group
-    distributed.check_launch(args)
-    asked = strategy.prepare(args)
-    attempt = distributed.on_main(lambda: run_folder.inspect(config, asked, args.world_size))
-    if attempt.finished:
-        console.say(attempt.finished)
-        return
+    from vit_dist.trainer import build_trainer, require_metric
 
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     distributed.agree("data", data.record["fingerprint"])
@@ -45,17 +79,31 @@ def train(config: Config) -> None:
     metrics = ClassificationMetrics(data.classes, config.run.metrics)
     require_metric(config.training["metric_for_best_model"], metrics)
     strategy.mark_blocks(built.model)
-    trainer = build_trainer(config, args, data, built.model, metrics)
+    weights = sum(parameter.nbytes for parameter in built.model.parameters())
+    writer = CheckpointWriter(config, distributed.Channel(), args.process_index, attempt.begins_at or None)
+    held.callback(writer.close)  # before the lock is let go
+    distributed.on_main(lambda: writer.require_room(weights))
+    trainer = build_trainer(config, args, data, built.model, metrics, writer)
+    trainer.add_callback(watchdog)
     strategy.confirm(asked, trainer.accelerator)
 
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    facts = run_folder.facts(data.record, built.revision, args.world_size, trainer.batches.global_batch, asked, device)
-    distributed.on_main(lambda: run_folder.open_attempt(config, attempt, data.classes, facts))
-    with run_folder.failure_recorded(config.output_dir):
+    facts = run_folder.facts(data.record, built.revision, args.world_size, batch.total, asked, device)
+    if attempt.replaces:
+        distributed.on_main(lambda: run_folder.move_aside(config, attempt))
+        distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
+    attempt = distributed.on_main(lambda: run_folder.open_attempt(config, attempt, data.classes, facts))
+    trainer.facts = run_folder.manifest_facts(attempt, facts, batch)
+    with failure.recorded(config.output_dir, trainer.whereabouts):
         reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
-        console.say(*summary.describe(config, attempt, data, built, trainer, asked, idle_gpus, reporting))
-        output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
-        results.conclude(config, trainer, data, metrics, output.metrics, facts, reporting)
+        console.say(*summary.describe(config, attempt, data, built, trainer, batch, asked, idle_gpus, reporting))
+        try:
+            stop.defer()
+            output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
+            results.conclude(config, trainer, data, metrics, output.metrics, facts, reporting)
+        except stop.Interrupted as by:
+            results.conclude_interrupted(config, trainer, by, attempt.number, reporting)
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(load_config(sys.argv[1:] if argv is None else argv))
         return 0
 
-    return entry.run(
-        body, "interrupted; the same command goes on from the last checkpoint, or anew if there is none yet"
-    )
+    return entry.run(body, "the same command goes on from the last checkpoint, or anew if there is none yet")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vit_dist.files import replacing
+
+logger = logging.getLogger("vit_dist")
 
 
 class MetricsFile(TrainerCallback):
@@ -23,6 +29,7 @@ class MetricsFile(TrainerCallback):
         self.path = path
         self._seen = {(row["step"], _kind(row)) for row in read_metrics(path)}
         self._file = path.open("a", encoding="utf-8")
+        self._warned = False
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -35,10 +42,21 @@ class MetricsFile(TrainerCallback):
         if (step, _kind(row)) not in self._seen:
             self._seen.add((step, _kind(row)))
             self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._to_disk(self._file.flush)
+
+    def _to_disk(self, act: Callable[[], None]) -> None:
+        """What a full disk does not take stays in the buffer, and is written with the next row."""
+        try:
+            act()
+        except OSError as error:
+            if not self._warned:
+                logger.warning(f"{self.path.name} cannot be written ({error.strerror}); training goes on")
+            self._warned = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        os.fsync(self._file.fileno())  # rows up to a checkpoint are not logged again after a power cut
+        self._to_disk(
+            lambda: os.fsync(self._file.fileno())
+        )  # rows up to a checkpoint are not logged again after a power cut
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -54,6 +72,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):  # blocks of zeros after a power cut
             rows.append(json.loads(line))
     return rows
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Take the rows after `step` off the file."""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    if path.exists():
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def last_steps(path: Path) -> dict[str, int]:

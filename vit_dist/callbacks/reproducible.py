@@ -32,36 +32,23 @@ class StepSeeds(TrainerCallback):
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # all devices
 
 
-class LogBeforeSave(TrainerCallback):
-    """Every rank: a checkpoint closes the logging window, so that a resumed run logs the same losses.
+class LastStep(TrainerCallback):
+    """Every rank: the last step closes the logging window, and a run that goes on after it trains no further.
 
-    The running sum of losses is not in a checkpoint; without this, the first row after a restart would be the mean
-    over fewer steps than in an uninterrupted run. The last step closes
-    it too. Must come after upstream's flow callback, which decides to save.
-    """
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        saves = control.should_save or (control.should_evaluate and args.save_strategy == "best")  # decided later
-        control.should_log = control.should_log or saves or state.global_step >= state.max_steps
-
-    on_epoch_end = on_step_end
-
-
-class StopAtEnd(TrainerCallback):
-    """Every rank: a run that was stopped after its last step and goes on trains no further step.
-
-    Upstream looks at `max_steps` only after a step, so that one that ends within an epoch would get one more at every
-    restart; `ExactTrainer.get_batch_samples` holds back the batch.
+    Upstream looks at `max_steps` only after a step, so that a run that ends within an epoch would get one more step at
+    every restart; `ExactTrainer.get_batch_samples` holds back the batch. The same after early stopping.
     """
 
     def __init__(self) -> None:
         self._done = False
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._done = state.global_step >= state.max_steps
-        control.should_training_stop = control.should_training_stop or self._done
+        self._done = control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vit_dist.redact import redact
+
 logger = logging.getLogger("vit_dist")
 
 T = TypeVar("T")
@@ -52,7 +54,7 @@ class WandbCallback(TrainerCallback):
         directory: Path,
         last_step: int | Mapping[str, int] = -1,
         init_timeout: float = 30.0,
-        finish_timeout: float = 60.0,
+        finish_timeout: float = 40.0,
     ):
         self.run_id = run_id
         self.run_name = run_name
@@ -111,9 +113,11 @@ class WandbCallback(TrainerCallback):
             return None
         if preempted:
             self._try(lambda run: run.mark_preempting())
+        # wandb gives up first, if it knows `finish_timeout`; what it could not send stays on this disk. A batch system
+        # that takes the machine back does not wait for it.
+        patience = TEARDOWN_TIMEOUT if preempted else self.finish_timeout + TEARDOWN_TIMEOUT
         try:
-            # wandb gives up first, if it knows `finish_timeout`; what it could not send stays on this disk.
-            _within(self.finish_timeout + TEARDOWN_TIMEOUT, lambda: self._finish(exit_code))
+            _within(patience, lambda: self._finish(exit_code))
         except Exception as error:
             if not self._failed:
                 logger.warning("W&B: not everything was sent (%s)", _line(error))
@@ -303,9 +307,5 @@ def _key(name: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error's message, without secrets that the environment holds."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    for name, value in os.environ.items():
-        if value and name.endswith(("KEY", "TOKEN", "PASSWORD", "SECRET")):
-            line = line.replace(value, "***")
-    return line
+    """The first line of an error's message, without secrets."""
+    return redact((str(error).splitlines() or [type(error).__name__])[0])

@@ -1,0 +1,228 @@
+"""Committed checkpoints: folders that are whole, or not there. Files only; no process group, no model.
+
+A checkpoint is written under `.staging/`. Its manifest names every file with size and SHA-256 and is written last; one
+rename then puts the folder in the run folder as `checkpoint-<step>`. What has no manifest was never committed. What
+goes away is first renamed into `.trash/`, so that nothing half deleted bears a checkpoint's name. Both folders are
+emptied when the next attempt begins.
+
+The guarantees are those of a local file system and need `rename` to be atomic and `fsync` to be honest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+STAGING, TRASH = ".staging", ".trash"
+FORMAT = 1
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def checkpoints(folder: Path) -> Iterator[Path]:
+    """A run's checkpoint folders, newest step first, whole or not."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    yield from sorted((p for p, step in steps.items() if step.isdigit()), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def named(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}"
+
+
+def is_committed(checkpoint: Path) -> bool:
+    """Whether a commit put it here. Its files may have been damaged since: see `damage`."""
+    return (checkpoint / MANIFEST).is_file()
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into."""
+    staged = folder / STAGING / f"checkpoint-{step}"
+    shutil.rmtree(staged, ignore_errors=True)
+    make_folder(staged)
+    return staged
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents, writable for others only within the group: what is in it may be loaded one day."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.exists():
+            path.mkdir(mode=0o775, exist_ok=True)
+
+
+def settle(path: Path) -> dict[str, Any]:
+    """Bring one written file to the disk; its size and digest, for the manifest. By the rank that wrote it."""
+    os.chmod(path, 0o664 & ~_UMASK)  # safetensors makes its files readable for their owner only
+    with path.open("rb") as file:
+        digest = _digest(file)
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def commit(staged: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Path:
+    """Write the manifest and give the folder its name, which no reader sees before all of it is on the disk.
+
+    `files` are relative names with what `settle` returned, of all ranks. Raises OSError, also for a file that nobody
+    answers for; nothing is committed then.
+    """
+    unlisted = set(_files(staged)) ^ set(files)
+    if unlisted:
+        raise OSError(f"{min(unlisted)} is not what was to be written")
+    manifest = staged / MANIFEST
+    with manifest.open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **facts, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
+        sync_folder(path)
+    final = staged.parents[1] / staged.name
+    if final.exists():
+        discard(final)
+    os.rename(staged, final)
+    sync_folder(final.parent)
+    with contextlib.suppress(OSError):
+        staged.parent.rmdir()
+    return final
+
+
+def discard(checkpoint: Path) -> None:
+    """Take a checkpoint out of the list, then delete it."""
+    trash = checkpoint.parent / TRASH / checkpoint.name
+    trash.parent.mkdir(exist_ok=True)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(checkpoint, trash)
+    sync_folder(checkpoint.parent)
+    shutil.rmtree(trash.parent)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint out of the list and keep it under another name."""
+    suffixes = itertools.chain([".aside"], (f".aside-{n}" for n in itertools.count(2)))
+    aside = next(path for end in suffixes if not (path := checkpoint.with_name(checkpoint.name + end)).exists())
+    os.rename(checkpoint, aside)
+    sync_folder(checkpoint.parent)
+    return aside
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier attempt had begun to write or to delete."""
+    for name in (STAGING, TRASH):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def retain(folder: Path, limit: int | None, every: int | None) -> None:
+    """Discard the oldest checkpoints over `limit`; multiples of `every` are kept beside.
+
+    The newest is kept with the best one that it names, and a further one only if it could be resumed from as well: if
+    the best that it names is kept, too.
+    """
+    if limit is None:
+        return
+    found = {step_of(path): path for path in checkpoints(folder) if is_committed(path)}
+    facts = {step: read_manifest(path) for step, path in found.items()}
+    newest = max(found, default=None)
+    if newest is None:
+        return
+    found = {step: path for step, path in found.items() if facts[step].get("run") == facts[newest].get("run")}
+    kept: set[int] = set()
+    step: int | None = newest
+    while step is not None and step not in kept and step in found:  # a best one may have been saved before it was known
+        kept.add(step)
+        step = facts[step].get("best_step")
+    for step in sorted(found, reverse=True):
+        best = facts[step].get("best_step")
+        if len(kept) < limit and (best is None or best == step or best in kept):
+            kept.add(step)
+    for step, path in found.items():
+        if step not in kept and not (every and step % every == 0):
+            discard(path)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest; empty if there is none or it cannot be read."""
+    try:
+        found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        whole = all(facts.keys() >= {"bytes", "sha256"} for facts in found["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return found if whole else {}
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not what was committed, None if it is. Reads all of it."""
+    if (checkpoint / MANIFEST).is_symlink():
+        return f"{MANIFEST} is a link"
+    if not (checkpoint / MANIFEST).exists():
+        return f"no {MANIFEST}: it was not committed"
+    manifest = read_manifest(checkpoint)
+    if not manifest:
+        return f"{MANIFEST} cannot be read"
+    if manifest.get("format") != FORMAT or manifest.get("step") != step_of(checkpoint):
+        return f"{MANIFEST} is of step {manifest.get('step')}, format {manifest.get('format')}"
+    if problem := untrusted(checkpoint):
+        return problem
+    found = set(_files(checkpoint))
+    if strange := sorted(found - set(manifest["files"]) - {MANIFEST}):
+        return f"{strange[0]} is not in its {MANIFEST}"
+    for name, expected in manifest["files"].items():
+        path = checkpoint / name
+        if name not in found or path.is_symlink() or not path.is_file():  # what is elsewhere is not in it
+            return f"{name} is missing"
+        if problem := untrusted(path):
+            return f"{name}: {problem}"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes, not {expected['bytes']:,}"
+    for name, expected in manifest["files"].items():
+        try:
+            with (checkpoint / name).open("rb") as file:
+                digest = _digest(file)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if digest != expected["sha256"]:
+            return f"{name} was changed (its SHA-256 is not the one in {MANIFEST})"
+    return None
+
+
+def untrusted(path: Path) -> str | None:
+    """Why the contents of a folder or file may be somebody else's: parts of a checkpoint are pickles. None if they are
+    not.
+    """
+    facts = path.stat()
+    if facts.st_uid != os.geteuid():
+        return f"it belongs to user {facts.st_uid}, and this process is user {os.geteuid()}"
+    if facts.st_mode & stat.S_IWOTH:
+        return f"everybody may write in it; chmod -R o-w {path}"
+    return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    return (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
