@@ -1,0 +1,189 @@
+"""Runs that something happens to, and the one that nothing happens to.
+
+Most are forked from the test process, one process for each rank: the imports of ten seconds are paid once, and the
+processes, the kills and the files are real. Where the launcher matters, conftest.command starts the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from points import install, witness
+
+from vit_dist.checkpoint import store
+
+# What a run imports on its way; here once for all of them.
+for name in ("deepspeed", "wandb", "evaluate", "sklearn.metrics", "pyarrow.parquet", "torch.distributed.checkpoint",
+             "vit_dist.results", "vit_dist.strategy", "vit_dist.failure", "vit_dist.summary", "vit_dist.trackers",
+             "transformers.models.vit.modeling_vit", "transformers.models.vit.image_processing_pil_vit"):  # fmt: skip
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+
+ARGS = [
+    "--max_steps", 30, "--learning_rate", "3e-3", "--logging_steps", 3, "--save_steps", 5, "--save_total_limit", 2,
+    "--metric_for_best_model", "loss", "--report_to", "none", "--dataloader_num_workers", 0, "--global_batch_size", 8,
+    "--per_device_eval_batch_size", 3,
+]  # fmt: skip
+
+
+@dataclass
+class Job:
+    """Processes of one run, and what they print."""
+
+    pids: list[int]
+    log: Path
+    codes: dict[int, int]
+    launcher: int | None
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, seconds: float = 120, others: float = 10) -> list[int]:
+        """Exit codes by rank (negative: the signal). As a launcher does, ends the others when one has failed, with
+        SIGTERM, and with SIGKILL `others` seconds later.
+        """
+        deadline, failed = time.monotonic() + seconds, None
+        while len(self.codes) < len(self.pids):
+            for pid in set(self.pids) - self.codes.keys():
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+            now = time.monotonic()
+            if failed is None and any(self.codes.values()):
+                failed = now
+                self.signal(signal.SIGTERM)
+            if failed is not None and now > failed + others:
+                self.signal(signal.SIGKILL)
+            if now > deadline:
+                self.signal(signal.SIGKILL)
+                raise AssertionError(f"still running after {seconds} s\n{self.output}")
+            time.sleep(0.01)
+        if self.launcher:
+            os.kill(self.launcher, signal.SIGKILL)
+            os.waitpid(self.launcher, 0)
+        return [self.codes[pid] for pid in self.pids]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            if pid not in self.codes:
+                os.kill(pid, number)
+
+
+class Lab:
+    """`args` come before those of each run."""
+
+    def __init__(self, root: Path, args: list[Any]) -> None:
+        self.root, self.args = root, args
+
+    def start(self, folder: Path, *args: Any, processes: int = 1, fault: str = "", **env: str) -> Job:
+        log = folder.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        argv = list(map(str, [*self.args, "--output_dir", folder, *args]))
+        if "--per_device_train_batch_size" not in argv:
+            argv += ["--per_device_train_batch_size", str(8 // processes)]
+        launcher, port = _launcher() if processes > 1 else (None, 0)
+        pids = []
+        for rank in range(processes):
+            pid = os.fork()
+            if pid == 0:
+                _child(rank, processes, port, argv, log, fault, env)
+            pids.append(pid)
+        return Job(pids, log, {}, launcher)
+
+    def run(self, folder: Path, *args: Any, expect: int | None = 0, **options: Any) -> Job:
+        """Start and wait; fails unless every rank exits with `expect` (None: with anything)."""
+        job = self.start(folder, *args, **options)
+        codes = job.wait()
+        assert expect is None or set(codes) == {expect}, f"{codes}\n{job.output}"
+        return job
+
+
+def _launcher() -> tuple[int, int]:
+    """As torchrun does it, the key-value store is the launcher's and outlives every rank: (process, port).
+
+    Not in the test process: its thread would be missing in everything that is forked from there.
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(write, str(store.port).encode())
+        time.sleep(3600)
+        os._exit(0)
+    port = int(os.read(read, 10))
+    os.close(read)
+    os.close(write)
+    return pid, port
+
+
+def _child(rank: int, world: int, port: int, argv: list[str], log: Path, fault: str, env: dict[str, str]) -> None:
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        os.environ.update(env)
+        if world > 1:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+                TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+            )  # fmt: skip
+        install(rank, fault)
+        witness(rank)
+        from vit_dist import train
+
+        code = train.main(argv)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What must be equal to the bit: weights, optimizer, learning rate, and every row that was logged."""
+    last = next(store.checkpoints(folder))
+    timing = ("runtime", "per_second")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "all_results.json").read_text())
+    weights = [folder / "best/model.safetensors", last / "model.safetensors", last / "optimizer.pt"]
+    digests = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in weights}
+    return {
+        **digests,
+        "rows": [{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows],
+        "results": {
+            k: v for k, v in results.items() if not k.endswith((*timing, "world_size")) and k != "train_runtime"
+        },
+    }
+
+
+def committed(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are as they were committed, oldest first."""
+    return sorted(store.step_of(path) for path in store.checkpoints(folder) if store.damage(path) is None)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+def undisturbed(lab: Lab) -> dict[int, dict[str, Any]]:
+    """What a run ends with that nothing happens to, by number of processes."""
+    for processes in (1, 2):
+        lab.run(lab.root / f"whole{processes}", processes=processes)
+    return {processes: fingerprint(lab.root / f"whole{processes}") for processes in (1, 2)}

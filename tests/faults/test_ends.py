@@ -1,0 +1,105 @@
+"""A process that fails, hangs, or has no memory left ends the whole job soon, and says what it was at."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import command, rows
+from lab import ARGS, Lab, committed, status
+
+
+@pytest.fixture(scope="module")
+def lab(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("ends"), ["--data", photos, "--model", checkpoint, *ARGS])
+
+
+def launched(lab: Lab, folder: Path, fault: str, *args: object) -> tuple[float, str]:
+    """Through torchrun; the seconds from the fault's step being logged to the end of all, and what was printed."""
+    process = subprocess.Popen(
+        command("torchrun", 2, *lab.args, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--output_dir",
+                folder, *args, module="faulty_train"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "VIT_DIST_FAULT": fault, "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= 6 for row in rows(folder)) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    begun = time.monotonic()
+    family = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
+    output = process.communicate(timeout=100)[0]
+    assert not psutil.wait_procs(family, timeout=1)[1], "a process was left behind"
+    assert process.returncode == 1
+    return time.monotonic() - begun, output
+
+
+def failure(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "failure.json").read_text())
+
+
+def test_out_of_memory_on_one_rank_ends_all_with_a_suggestion(lab: Lab) -> None:
+    seconds, output = launched(lab, lab.root / "oom", "before_optim:1:7:oom")
+    assert seconds < 10
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    for said in ("out of memory", "--per_device_train_batch_size", "--activation_checkpointing", "zero2", "Rank 1: "):
+        assert said in line
+    assert re.search(r"resident \d+\.\d\d GB", line)
+    record = failure(lab.root / "oom")
+    assert (record["rank"], record["step"]) == (1, 6) and "OutOfMemoryError" in str(record["reason"])
+    assert status(lab.root / "oom")["state"] == "failed" and committed(lab.root / "oom") == [5]
+
+
+def test_a_rank_that_stands_still_is_noticed_on_all(lab: Lab) -> None:
+    """It sleeps; the other waits for it in a collective, where PyTorch's own time-out does not work on CPUs."""
+    folder = lab.root / "hang"
+    seconds, output = launched(lab, folder, "before_optim:1:7:sleep:90", "--hang_timeout", "4s")
+    assert 3 < seconds < 4 + 10
+    assert "no step for" in output
+    stacks = {rank: (folder / f"stacks-rank-{rank}.txt").read_text() for rank in (0, 1)}
+    assert "points.py" in stacks[1] and "_get_grad_norm" not in stacks[0]
+    assert "no step for" in str(failure(folder)["reason"]) and status(folder)["state"] == "failed"
+    lab.run(folder, "--logging_steps", 1, processes=2)
+    assert status(folder)["state"] == "complete"
+
+
+def test_a_stopped_process_does_not_keep_the_others(lab: Lab) -> None:
+    """SIGSTOP: it cannot even notice. The others write their stacks, and the launcher kills it."""
+    folder = lab.root / "stopped"
+    job = lab.start(folder, "--hang_timeout", "3s", processes=2, fault="before_optim:1:7:stop")
+    codes = job.wait(60)
+    assert codes == [1, -signal.SIGKILL], job.output
+    assert (folder / "stacks-rank-0.txt").exists() and committed(folder) == [5]
+
+
+@pytest.mark.parametrize("action", ["exc", "kill9"])
+def test_a_data_loading_process_that_fails(lab: Lab, action: str) -> None:
+    folder = lab.root / f"worker_{action}"
+    job = lab.start(
+        folder, "--dataloader_num_workers", 2, "--verify_images", "false", processes=2, fault=f"in_worker:1:3:{action}"
+    )
+    begun = time.monotonic()
+    assert 0 not in job.wait(60), job.output
+    assert time.monotonic() - begun < 40
+    record = failure(folder)
+    assert ("a fault of the test" if action == "exc" else "DataLoader worker") in " ".join(map(str, record.values()))
+    lab.run(folder, "--verify_images", "false", processes=2)
+    assert status(folder)["state"] == "complete"
+
+
+def test_the_record_of_a_failure(lab: Lab) -> None:
+    folder = lab.root / "record"
+    lab.start(folder, processes=2, fault="before_optim:1:7:exc").wait()
+    record = failure(folder)
+    assert (record["rank"], record["step"], record["reason"]) == (1, 6, "RuntimeError: a fault of the test")
+    assert isinstance(record["last_images"], list) and len(record["last_images"]) == 4
+    assert all(re.fullmatch(r"\d+ \(.*\d+\.png\)", str(image)) for image in record["last_images"])
+    assert "before_optim" not in str(record) and "points.py" in str(record["traceback"])
+    assert set(record) >= {"host", "time", "memory", "versions"}

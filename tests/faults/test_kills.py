@@ -1,0 +1,128 @@
+"""SIGKILL, wherever it hurts: the same command again ends with the bits of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ARGS, Lab, committed, fingerprint, undisturbed
+
+from vit_dist.checkpoint import store
+
+FULL = "FAULTS" in os.environ  # `make test-faults`
+SEED = int(os.environ.get("FAULT_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def lab(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("kills"), ["--data", photos, "--model", dropout_checkpoint, *ARGS])
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Lab) -> dict[int, Any]:
+    return undisturbed(lab)
+
+
+RANK_0 = ("before_stage", "after_weights", "after_optimizer", "after_write", "before_manifest", "before_rename",
+          "after_rename", "mid_prune")  # fmt: skip
+RANK_1 = ("before_snapshot", "after_snapshot", "before_stage", "before_check", "before_write", "after_write",
+          "before_commit", "after_commit")  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "point"), [*((0, point) for point in RANK_0), *((1, point) for point in RANK_1)])
+def test_killed_at_every_point_of_a_save(lab: Lab, whole: dict[int, Any], rank: int, point: str) -> None:
+    folder = lab.root / f"{point}{rank}"
+    count = 2 if point == "mid_prune" else 4  # of six saves; the second deletion is at the fourth or fifth
+    codes = lab.start(folder, processes=2, fault=f"{point}:{rank}:{count}:kill9").wait()
+    assert codes[rank] == -signal.SIGKILL and 0 not in codes
+    steps = committed(folder)
+    assert steps and max(steps) >= 15, "at most one save is lost"
+    again = lab.run(folder, processes=2)
+    assert f"from checkpoint-{max(steps)}" in again.output
+    assert fingerprint(folder) == whole[2]
+    assert not (folder / ".staging").exists() and not (folder / ".trash").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_times_until_it_is_done(lab: Lab, whole: dict[int, Any], processes: int) -> None:
+    """One rank, or the whole job; each attempt gets further or is not counted as stuck."""
+    chance = random.Random(SEED + processes)
+    folder, kills, wanted = lab.root / f"random{processes}", 0, 25 if FULL else 5
+    redone: list[int] = []
+    for attempt in range(20 * wanted):
+        job = lab.start(folder, "--allow_change", "restarts", processes=processes)
+        if kills == wanted:
+            assert set(job.wait()) == {0}, job.output
+            break
+        time.sleep(chance.uniform(0.5, 4.0))
+        before = max(committed(folder), default=0) if folder.exists() else 0
+        job.signal(signal.SIGKILL, chance.choice([None, *range(processes)]))
+        codes = job.wait()
+        kills += -signal.SIGKILL in codes
+        assert max(committed(folder), default=0) >= before, "what was committed stays"
+        redone.append(before)
+        if set(codes) == {0}:  # it was done before it was killed: once more, from the beginning
+            assert fingerprint(folder) == whole[processes]
+            folder = lab.root / f"random{processes}_{attempt}"
+    assert kills == wanted
+    assert fingerprint(folder) == whole[processes]
+
+
+def test_a_verified_checkpoint_is_there_at_every_instant(lab: Lab) -> None:
+    """Looked at all the time by another thread, from the first commit on, while every step saves and deletes."""
+    folder, seen, missing, over = lab.root / "watched", 0, [], threading.Event()
+
+    def look() -> None:
+        nonlocal seen
+        while not over.is_set():
+            whole = 0
+            for path in list(store.checkpoints(folder)):
+                try:
+                    whole += store.damage(path) is None
+                except OSError:  # deleted while we read it: the next one must be there
+                    continue
+            if whole:
+                seen += 1
+            elif seen and not any(store.damage(path) is None for path in store.checkpoints(folder)):
+                missing.append(time.monotonic())
+
+    watcher = threading.Thread(target=look)
+    job = lab.start(folder, "--save_steps", 1, "--eval_steps", 1, "--save_total_limit", 1)
+    watcher.start()
+    try:
+        assert set(job.wait()) == {0}, job.output
+    finally:
+        over.set()
+        watcher.join()
+    assert seen > 20 and not missing
+    assert len(committed(folder)) <= 2  # the last and the best
+
+
+def test_a_lost_launcher_is_noticed_and_its_processes_save_and_leave(lab: Lab, whole: dict[int, Any]) -> None:
+    """With the real launcher: kill -9 of torchrun leaves its workers, whose sessions are their own."""
+    import subprocess
+
+    import psutil
+    from conftest import command, rows
+
+    folder = lab.root / "orphans"
+    launched = subprocess.Popen(
+        command("torchrun", 2, *lab.args, "--per_device_train_batch_size", 4, "--output_dir", folder,
+                "--max_steps", 100_000, "--eval_strategy", "no"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not rows(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = psutil.Process(launched.pid).children(recursive=True)
+    launched.kill()
+    launched.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=10)[1], "an orphan after 10 s"
+    steps = committed(folder)
+    assert steps and max(steps) % 5, "the step at hand was saved"
