@@ -26,6 +26,7 @@ import torch
 from transformers import Trainer, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vit_dist import console
+from vit_dist.arguments import build_arguments
 from vit_dist.batch import split_batch
 from vit_dist.checkpoint import store
 from vit_dist.checkpoint.writer import CheckpointWriter
@@ -35,7 +36,7 @@ from vit_dist.distributed import Channel
 from vit_dist.failure import memory
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.model import build_model
-from vit_dist.trainer import ExactTrainer, build_arguments, build_trainer
+from vit_dist.trainer import ExactTrainer, build_trainer
 
 ROUNDS = 6
 

@@ -62,21 +62,27 @@ ALLOWED: dict[str, set[str]] = {
     "owner": {"checkpoint.store", "errors"},
     "strategy": {"errors"},
     "memory": {"errors", "strategy"},
+    "arguments": {"batch", "config", "errors"},
+    "resumable": {
+        "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "distributed", "errors",
+        "model", "stop",
+    },
     "trainer": {
-        "batch", "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "errors", "config",
-        "distributed", "data.dataset", "data.pipeline", "data.sampler", "model", "metrics.__init__",
-        "callbacks.reproducible", "stop",
+        "checkpoint.writer", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler",
+        "metrics.__init__", "callbacks.reproducible", "resumable", "stop",
     },
-    "run_folder": {
-        "batch", "checkpoint.load", "checkpoint.store", "files", "errors", "config", "owner",
-        "redact", "callbacks.metrics_file",
+    "run_folder": {"checkpoint.store", "files", "owner", "redact"},
+    "attempts": {
+        "batch", "callbacks.metrics_file", "checkpoint.load", "checkpoint.store", "config", "errors", "files", "owner",
+        "run_folder",
     },
-    "failure": {"callbacks.watchdog", "config", "distributed", "errors", "redact", "run_folder", "stop"},
+    "failure": {"attempts", "callbacks.watchdog", "config", "distributed", "errors", "redact", "run_folder", "stop"},
     "trackers": {
-        "config", "run_folder", "trainer", "callbacks.metrics_file", "callbacks.progress", "callbacks.wandb",
+        "arguments", "attempts", "config", "run_folder", "trainer", "callbacks.metrics_file", "callbacks.progress",
+        "callbacks.wandb",
     },
     "summary": {
-        "__init__", "batch", "config", "data.pipeline", "model", "run_folder", "schedule", "trackers", "trainer",
+        "__init__", "attempts", "batch", "config", "data.pipeline", "model", "schedule", "trackers", "trainer",
     },
     "report": {"files", "config", "data.dataset", "data.decode"},
     "results": {
@@ -84,9 +90,9 @@ ALLOWED: dict[str, set[str]] = {
         "stop", "trackers", "trainer",
     },
     "train": {
-        "batch", "callbacks.watchdog", "checkpoint.writer", "errors", "failure", "owner", "stop", "config",
-        "console", "distributed", "entry", "data.pipeline", "metrics.__init__", "model", "results",
-        "run_folder", "strategy", "summary", "trackers", "trainer",
+        "arguments", "attempts", "batch", "callbacks.watchdog", "checkpoint.writer", "errors", "failure", "owner",
+        "stop", "config", "console", "distributed", "entry", "data.pipeline", "metrics.__init__", "model", "results",
+        "strategy", "summary", "trackers", "trainer",
     },
     "checks": {
         "files", "config", "console", "distributed", "errors", "callbacks.wandb", "data.hub", "data.pipeline",
@@ -94,12 +100,12 @@ ALLOWED: dict[str, set[str]] = {
         "data.transforms", "strategy", "trackers",
     },
     "doctor": {
-        "files", "batch", "checks", "config", "console", "distributed", "entry", "errors", "run_folder", "strategy",
-        "trainer",
+        "arguments", "attempts", "batch", "checks", "config", "console", "distributed", "entry", "errors", "files",
+        "strategy", "trainer",
     },
     "plan": {
-        "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory", "metrics.__init__", "model",
-        "run_folder", "schedule", "strategy", "trainer",
+        "arguments", "batch", "config", "console", "data.pipeline", "data.sampler", "errors", "memory",
+        "metrics.__init__", "model", "run_folder", "schedule", "strategy", "trainer",
     },
     "cli": {"__init__", "doctor", "plan", "train"},
 }  # fmt: skip

@@ -18,6 +18,7 @@ KEYS = ("accuracy", "top5_accuracy", "f1_macro", "balanced_accuracy", "loss")
 def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str) -> None:
     """On each rank: evaluate the first n images for each n, at per-device batches of 1 and 4."""
     from vit_dist import console
+    from vit_dist.arguments import build_arguments
     from vit_dist.batch import split_batch
     from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.config import load_config
@@ -27,7 +28,7 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
     from vit_dist.results import predict
-    from vit_dist.trainer import build_arguments, build_trainer
+    from vit_dist.trainer import build_trainer
 
     console.set_up(rank)
     found: dict[str, Any] = {}

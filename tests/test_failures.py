@@ -112,6 +112,7 @@ def test_a_diverging_loss_stops_the_run_and_names_the_images(tmp_path: Path, pho
 def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out: str) -> None:
     """On each rank: image 5 is NaN; write down what stopped training, and whether the weights moved since."""
     from vit_dist import console
+    from vit_dist.arguments import build_arguments
     from vit_dist.batch import split_batch
     from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.config import load_config
@@ -120,7 +121,7 @@ def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out:
     from vit_dist.distributed import Channel
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
-    from vit_dist.trainer import build_arguments, build_trainer
+    from vit_dist.trainer import build_trainer
 
     class Poisoned(ImageDataset):
         def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:

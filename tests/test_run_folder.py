@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vit_dist import failure, run_folder
+from vit_dist import attempts, failure, run_folder
 from vit_dist.checkpoint import store
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
@@ -20,22 +20,22 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def inspect(config: Config) -> run_folder.Attempt:
-    run_folder.check(config)
-    return run_folder.inspect(config, "single", 1)
+def inspect(config: Config) -> attempts.Attempt:
+    attempts.check(config)
+    return attempts.inspect(config, "single", 1)
 
 
 def config(folder: Path, *flags: str) -> Config:
     return load_config(["--output_dir", str(folder), *flags])
 
 
-def begin(folder: Path, *flags: str, **facts: Any) -> run_folder.Attempt:
+def begin(folder: Path, *flags: str, **facts: Any) -> attempts.Attempt:
     """One start of a run, up to training."""
     settings = config(folder, *flags)
     attempt = inspect(settings)
     if attempt.replaces:
-        run_folder.move_aside(settings, attempt)
-    run_folder.open_attempt(settings, attempt, ["a", "b"], {**FACTS, **facts})
+        attempts.move_aside(settings, attempt)
+    attempts.open_attempt(settings, attempt, ["a", "b"], {**FACTS, **facts})
     return attempt
 
 
@@ -169,8 +169,8 @@ def test_a_finished_run_has_nothing_to_do_and_fresh_moves_it_aside(tmp_path: Pat
     assert said is not None and "test accuracy 0.2500" in said and f"{folder}.previous" in said
     replacing = inspect(config(folder, "--fresh", "--seed", "7"))
     assert (folder / "all_results.json").exists(), "moved when the new run begins, not before its data is read"
-    run_folder.move_aside(config(folder, "--fresh", "--seed", "7"), replacing)
-    run_folder.open_attempt(config(folder, "--fresh", "--seed", "7"), replacing, ["a", "b"], FACTS)
+    attempts.move_aside(config(folder, "--fresh", "--seed", "7"), replacing)
+    attempts.open_attempt(config(folder, "--fresh", "--seed", "7"), replacing, ["a", "b"], FACTS)
     assert json.loads((tmp_path / "run.previous/all_results.json").read_text())["test_accuracy"] == 0.25
     assert not (folder / "all_results.json").exists() and "test accuracy 0.2500" in replacing.notes[0]
     begin(folder, "--fresh")
@@ -287,7 +287,7 @@ def test_a_change_that_cannot_work_is_refused(tmp_path: Path) -> None:
     flags = ["--learning_rate", "5e-2", "--allow_change", "learning_rate"]
     save_checkpoint(folder, 6, layout="zero", strategy="zero2")
     with pytest.raises(UserError, match="DeepSpeed restores its own"):
-        run_folder.inspect(config(folder, *flags), "zero2", 2)
+        attempts.inspect(config(folder, *flags), "zero2", 2)
     complete(folder)
     with pytest.raises(UserError, match="a complete run cannot be changed; train on from it in a new one: --model"):
         begin(folder, *flags)

@@ -81,12 +81,17 @@ class Channel:
         return bool(box)
 
 
-def agree(what: str, value: str) -> None:
-    """Raise UserError on every rank unless all of them have the same value (all ranks participate)."""
-    values = gather(value)
-    if len(set(values)) > 1:
-        seen = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-        raise UserError(f"the processes do not have the same {what} ({seen}); do all nodes see the same files?")
+def agree(facts: Mapping[str, Any], hint: str) -> None:
+    """Raise UserError on every rank unless all of them have the same facts (all ranks participate).
+
+    The message names the first fact that differs, two ranks with what they have, and `hint`.
+    """
+    values = gather(dict(facts))
+    for key in sorted({key for each in values for key in each}):
+        other = next((rank for rank, each in enumerate(values) if each.get(key) != values[0].get(key)), None)
+        if other is not None:
+            seen = f"{values[0].get(key)} on rank 0, {values[other].get(key)} on rank {other}"
+            raise UserError(f"the processes do not have the same {key}: {seen}; {hint}")
 
 
 def any_rank(flag: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from vit_dist import checks, console, distributed, entry, run_folder
+from vit_dist import attempts, checks, console, distributed, entry
 from vit_dist.batch import split_batch
 from vit_dist.checks import MIB, Job, Process, Result
 from vit_dist.config import Config, load_config
@@ -49,11 +49,11 @@ REPEATS = 5
 def doctor(config: Config) -> bool:
     """Run all checks; every rank runs it. Returns whether one failed, on whichever rank."""
     from vit_dist import strategy
-    from vit_dist.trainer import build_arguments
+    from vit_dist.arguments import build_arguments
 
     idle_gpus = distributed.use_one_device()
     precision = tried(checks.check_precision, config)
-    batch = split_batch(config, distributed.launched_world_size(), run_folder.batch_to_keep(config))
+    batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
     with waiting("launch"):
         args = build_arguments(config, batch)  # joins the process group
     memory = tried(checks.check_memory, args.device)  # before the first collective takes its share
@@ -218,8 +218,8 @@ def check_run_folder(job: Job) -> Result:
 def _leave_file(job: Job) -> Path:
     """An empty file in the run folder, or in the nearest folder above it."""
     if job.args.process_index == 0 and job.strategy.status == "ok":
-        run_folder.check(job.config)
-        run_folder.inspect(job.config, job.strategy.detail, job.args.world_size)  # what `train` would refuse
+        attempts.check(job.config)
+        attempts.inspect(job.config, job.strategy.detail, job.args.world_size)  # what `train` would refuse
     folder = nearest_folder(job.config.output_dir)
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output_dir")

@@ -147,12 +147,13 @@ def _link(asked: str | None) -> float | None:
 def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[str, Any]:
     """The plan as plain values (bytes, seconds, images). Reads the data's index and the model's configuration."""
     # Slow to import; a mistake in the command should be told at once.
+    from vit_dist.arguments import reporters
     from vit_dist.data.pipeline import build_data
     from vit_dist.data.sampler import GlobalBatchSampler
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import skeleton
     from vit_dist.schedule import curve, describe_rate, total_steps, warmup_steps
-    from vit_dist.trainer import reporters, require_metric
+    from vit_dist.trainer import require_metric
 
     batch = split_batch(config, machines.processes)
     rate = scaled_learning_rate(config, batch)

@@ -1,149 +1,27 @@
-"""The run folder on rank 0: what an earlier attempt left there, and the state of this one."""
+"""What lies in a run folder beside checkpoints, and how it is written and read. Rank 0 writes."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import time
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vit_dist.batch import Batch
-from vit_dist.callbacks.metrics_file import truncate_metrics
 from vit_dist.checkpoint import store
-from vit_dist.checkpoint.load import obstacle, trainer_state
-from vit_dist.config import Config, write_config
-from vit_dist.errors import UserError
 from vit_dist.files import replacing
 from vit_dist.owner import LOCK
 from vit_dist.redact import redact
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"
-
-# Settings that may differ between two attempts of one run: they change where it runs or what is shown, not what it
-# computes. Batch size and accumulation may change as long as their product over all processes does not.
-FREE = {
-    "output_dir", "fresh", "logging_dir", "cache_dir", "report_to", "run_name", "project", "disable_tqdm",
-    "log_level", "log_level_replica", "log_on_each_node", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-    "save_total_limit", "resume_from_checkpoint", "local_rank", "ddp_timeout", "ddp_backend", "use_cpu",
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
-    "do_train", "do_eval", "do_predict", "verify_images", "eval_accumulation_steps", "deepspeed", "fsdp", "fsdp_config",
-    "max_time", "hang_timeout", "save_keep_every",
-}  # fmt: skip
-
-
-PINNED = ("data", "global_batch_size", "model_revision")  # facts that must not change between two attempts
-SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")  # settings of the batch
-FIXED = ("optim", "lr_scheduler_type", "image_size", "from_scratch")  # a checkpoint's state would not fit
-OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-MOST_STALLED = 3  # attempts that begin at the same step and get no further
-
-
-def new_id() -> str:
-    """Names a run, in its checkpoints and at Weights & Biases."""
-    return uuid.uuid4().hex[:12]
-
-
-@dataclass
-class Attempt:
-    """One start of a run."""
-
-    number: int = 1
-    checkpoint: str | None = None  # to resume from
-    begins_at: int = 0  # its step
-    stalled: int = 0  # earlier attempts that began there too
-    changes: list[dict[str, Any]] = field(default_factory=list)  # what --allow_change let pass, of all attempts
-    wandb_id: str = field(default_factory=new_id)
-    finished: str | None = None  # what a complete run has to say, if there is nothing to do
-    replaces: str | None = None  # the earlier run that `--fresh` moves aside
-    notes: list[str] = field(default_factory=list)
-
-
-def check(config: Config) -> None:
-    """Raises UserError for a folder that no run may have: a file, somebody's work, or one that others may change."""
-    folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file; choose another --output_dir")
-    _check_asked_checkpoint(config)
-    if not _is_new(folder):
-        if not any((folder / name).exists() for name in (STATUS, RECORD, CONFIG)):
-            raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
-        if problem := store.untrusted(folder):
-            raise UserError(f"output_dir {folder}: {problem}; checkpoints in it could be anybody's")
-
-
-def batch_to_keep(config: Config) -> int | None:
-    """The global batch of the run that this command continues, if its settings ask for no other."""
-    before = _settings(config.output_dir / CONFIG)
-    now = config.resolved()
-    if config.run.fresh or not before or any(before.get(key) != now[key] for key in SPLIT):
-        return None
-    return read_json(config.output_dir / RECORD).get("global_batch_size")
-
-
-def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
-    """Decide what to do about the run folder, without changing anything in it.
-
-    Raises UserError if it holds a run with other settings, or one that this launch cannot resume.
-    """
-    folder = config.output_dir
-    if _is_new(folder):
-        return Attempt()
-    status, record = read_json(folder / STATUS), read_json(folder / RECORD)
-    summary = describe(folder)
-    if config.run.fresh and not _began_it(record):
-        return Attempt(replaces=summary)
-    attempt = Attempt(number=record.get("attempts", 0) + 1)
-    complete = status.get("state") == "complete"
-    if not complete:
-        attempt.checkpoint, attempt.notes = _newest_checkpoint(config, strategy, world_size, record)
-        attempt.begins_at = store.step_of(Path(attempt.checkpoint)) if attempt.checkpoint else 0
-        before = record.get("strategy", strategy), record.get("world_size", world_size)
-        if attempt.checkpoint and before != (strategy, world_size):
-            attempt.notes.append(f"was {before[0]} on {before[1]} processes, goes on as {strategy} on {world_size}")
-        _count_stalled(config, attempt, status, record)
-    begun = complete or attempt.checkpoint is not None  # else nothing was saved that other settings could spoil
-    if begun and not _settings(folder / CONFIG):
-        raise UserError(
-            f"{folder / CONFIG} cannot be read, so whether this is the same run is not known; bring it back, or start "
-            "over with --fresh"
-        )
-    changed = _changes(folder / CONFIG, config)
-    attempt.changes = list(record.get("changes", []))
-    if begun:
-        _allow(config, attempt, changed, strategy)
-    if begun and changed:
-        listed = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
-        raise UserError(
-            f"{folder} holds a run with other settings: {listed}. Give the same settings to continue it, "
-            f"--allow_change {' '.join(changed)} to go on with the new ones, another --output_dir for a new run, or "
-            "--fresh to start over"
-        )
-    if not changed:  # else it is a new run
-        known = store.read_manifest(Path(attempt.checkpoint)).get("run") if attempt.checkpoint else None
-        attempt.wandb_id = record.get("wandb_id") or known or attempt.wandb_id
-    if complete and attempt.changes != record.get("changes", []):
-        raise UserError(
-            f"{summary}: a complete run cannot be changed; train on from it in a new one: --model {folder / 'best'} "
-            "--output_dir ANOTHER"
-        )
-    if complete:
-        attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {_aside(folder)}"
-    return attempt
 
 
 def describe(folder: Path) -> str:
@@ -158,146 +36,34 @@ def describe(folder: Path) -> str:
     return ", ".join(parts)
 
 
-def facts(
-    data: dict[str, Any], model_revision: str | None, world_size: int, global_batch: int, strategy: str, device: str
-) -> dict[str, Any]:
-    """What the run record states beyond the settings."""
-    return {
-        "world_size": world_size,
-        "strategy": strategy,
-        "device": device,
-        "global_batch_size": global_batch,
-        "data": data,
-        "model_revision": model_revision,
-        **environment(),
-    }
+def environment() -> dict[str, Any]:
+    """Versions, and the commit of this package's checkout if it is one."""
+    return {"versions": versions(), "git_commit": git_commit()}
 
 
-def move_aside(config: Config, attempt: Attempt) -> None:
-    """What `--fresh` does with the earlier run. The folder may be a link: what it leads to is moved."""
-    folder = config.output_dir.resolve()
-    aside = _aside(folder)
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("vit_dist", "torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, `+` appended if files were changed since; else None."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        folder.rename(aside)
-        folder.mkdir(mode=0o775)
-        (aside / LOCK).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be moved to {aside}: {error}") from None
-    attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}; leave --fresh out to continue")
-
-
-def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: dict[str, Any]) -> Attempt:
-    """Write the attempt's settings, class list and record; `facts` are fingerprints and batch arithmetic.
-
-    Raises UserError if the data or the global batch are not those that the run began with, or nothing can be written.
-    """
-    folder, asked = config.output_dir, config.training["resume_from_checkpoint"]
-    try:
-        before = read_json(folder / RECORD)
-        changed = {key: (before[key], facts[key]) for key in PINNED if key in before and before[key] != facts[key]}
-        if attempt.checkpoint:
-            _allow(config, attempt, changed, facts["strategy"])
-            for key, (was, now) in changed.items():
-                raise UserError(_fact_message(folder, key, was, now))
-        if not attempt.checkpoint and (changed or before.get("wandb_id") != attempt.wandb_id):  # not a continuation
-            (folder / METRICS).unlink(missing_ok=True)
-            attempt.wandb_id = new_id() if changed else attempt.wandb_id
-        folder.mkdir(parents=True, exist_ok=True)
-        write_status(folder, "running", attempt=attempt.number, step=attempt.begins_at)  # first: it marks the folder
-        _clear(folder, attempt)
-        with replacing(folder / CONFIG) as partial:
-            write_config(config, partial)
-        write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
-        record = {
-            "attempts": attempt.number,
-            "job": os.environ.get("VIT_DIST_JOB_ID"),
-            "went_back_to": Path(asked).name if asked else before.get("went_back_to"),
-            "wandb_id": attempt.wandb_id,
-            "began_at": attempt.begins_at,
-            "stalled": attempt.stalled,
-            "changes": attempt.changes,
-        }
-        write_json(folder / RECORD, {**record, **facts})
-        return attempt
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error}") from None
-
-
-def _clear(folder: Path, attempt: Attempt) -> None:
-    """Remove what an earlier attempt had begun; checkpoints that this one goes back behind are set aside."""
-    store.clear(folder)
-    for path in list(store.checkpoints(folder)):
-        if store.step_of(path) > attempt.begins_at or not store.is_committed(path):
-            attempt.notes.append(f"{path.name} is kept as {store.set_aside(path).name}")
-    if any(change["attempt"] == attempt.number for change in attempt.changes):
-        truncate_metrics(folder / METRICS, attempt.begins_at)  # the rows after it were made with other settings
-
-
-def _allow(config: Config, attempt: Attempt, changed: dict[str, tuple[Any, Any]], strategy: str) -> None:
-    """Take what --allow_change names out of `changed`, and put it on record."""
-    for key in config.run.allow_change:
-        if key in changed and key in FIXED:
-            raise UserError(f"allow_change {key}: a run cannot go on with another one; begin a new run")
-        if key in changed and key in OF_OPTIMIZER and strategy.startswith("zero"):
-            raise UserError(f"allow_change {key}: DeepSpeed restores its own; not under {strategy}")
-        if key in changed:
-            before, now = changed.pop(key)
-            attempt.changes.append({"attempt": attempt.number, "key": key, "before": before, "now": now})
-            shown = f" from {before!r} to {now!r}" if not isinstance(now, dict) else ""
-            attempt.notes.append(f"{key} changed{shown} at step {attempt.begins_at}, as allowed")
-
-
-def _began_it(record: dict[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this very job began the run and was started again: `--fresh` was meant for its first start."""
-    restarted = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return restarted or (record.get("job") is not None and record["job"] == environ.get("VIT_DIST_JOB_ID"))
-
-
-def _count_stalled(config: Config, attempt: Attempt, status: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises UserError if the attempts before this one began at the same step, and none got on."""
-    wished = status.get("state") == "preempted" and str(status.get("by")).startswith("SIGINT")
-    if record.get("began_at") == attempt.begins_at and not wished:
-        attempt.stalled = record.get("stalled", 0) + 1
-    if "restarts" in config.run.allow_change:
-        attempt.stalled = 0
-    if attempt.stalled >= MOST_STALLED:
-        why = status.get("reason", "it was killed")
-        raise UserError(
-            f"{config.output_dir}: {attempt.stalled} attempts in a row began at step {attempt.begins_at} and saved "
-            f"nothing further (the last: {status.get('state', 'unknown')}, {why}); mend the cause and start with "
-            "--allow_change restarts"
-        )
-
-
-def _is_new(folder: Path) -> bool:
-    return not folder.exists() or not any(path.name != LOCK for path in folder.iterdir())
-
-
-def _fact_message(folder: Path, key: str, before: Any, now: Any) -> str:
-    if key == "global_batch_size":
-        return (
-            f"{folder} was trained with a global batch of {before} images, this launch makes {now}: set "
-            "--per_device_train_batch_size and --gradient_accumulation_steps so that their product with the number "
-            "of processes is the same"
-        )
-    changed = [name for name in now if before.get(name) != now[name]] if isinstance(now, dict) else []
-    detail = f" ({', '.join(changed)})" if changed else ""
-    return (
-        f"{folder}: the {key} changed since the run began{detail}; use another --output_dir, or --fresh to start over"
-    )
-
-
-def manifest_facts(attempt: Attempt, facts: dict[str, Any], batch: Batch) -> dict[str, Any]:
-    """What a checkpoint's manifest states about its run."""
-    return {
-        "run": attempt.wandb_id,
-        "attempt": attempt.number,
-        "strategy": facts["strategy"],
-        "world_size": facts["world_size"],
-        "batch": {**dataclasses.asdict(batch), "total": batch.total},
-        "data": facts["data"]["fingerprint"],
-        "classes": facts["data"]["classes"],
-    }
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        if tracked.returncode:
+            return None  # installed somewhere inside another project's checkout
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty else "")
 
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
@@ -327,96 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def environment() -> dict[str, Any]:
-    """Versions, and the commit of this package's checkout if it is one."""
-    versions = {"python": platform.python_version()}
-    for name in ("vit_dist", "torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "pillow"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return {"versions": versions, "git_commit": git_commit()}
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, `+` appended if files were changed since; else None."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        if tracked.returncode:
-            return None  # installed somewhere inside another project's checkout
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if dirty else "")
-
-
-def _aside(folder: Path) -> Path:
-    """<folder>.previous, or the first of <folder>.previous-2, -3, ... that is free: nothing is ever overwritten."""
-    first = folder.resolve().with_name(folder.resolve().name + ".previous")
-    return next(p for n in itertools.count(1) if not (p := first if n == 1 else Path(f"{first}-{n}")).exists())
-
-
-def _check_asked_checkpoint(config: Config) -> None:
-    asked = config.training["resume_from_checkpoint"]
-    if asked and not re.fullmatch(r"checkpoint-[0-9]+", Path(asked).name):
-        raise UserError(
-            f"resume_from_checkpoint={asked} is not named checkpoint-<step>; one that was set aside can be renamed back"
-        )
-    if asked and Path(asked).resolve().parent != config.output_dir.resolve():
-        raise UserError(
-            f"resume_from_checkpoint={asked} is not a checkpoint of the run in {config.output_dir}; to train on from "
-            f"another run's weights, start a new run with --model {asked}"
-        )
-
-
-def _newest_checkpoint(
-    config: Config, strategy: str, world_size: int, record: dict[str, Any]
-) -> tuple[str | None, list[str]]:
-    """The newest checkpoint that is as it was committed, and so is the best one that it names; notes on the others.
-
-    Raises UserError if none of several is, or if this launch cannot resume from it: going on from another one would
-    lose work.
-    """
-    asked = config.training["resume_from_checkpoint"]
-    notes: list[str] = []
-    if asked and record.get("went_back_to") == Path(asked).name:
-        notes.append(
-            f"went back to {Path(asked).name} before, and goes on from there; set newer ones aside to do it again"
-        )
-        asked = None
-    broken: dict[Path, str | None] = {}
-
-    def problem(path: Path) -> str | None:
-        if path not in broken:
-            run = store.read_manifest(path).get("run")
-            other = "it is of another run" if run != record.get("wandb_id", run) else None
-            broken[path] = (store.damage(path) or other) if path.is_dir() else "it is missing"
-        return broken[path]
-
-    def problem_of_both(path: Path) -> str | None:
-        best = trainer_state(path).get("best_global_step")
-        beside = store.named(path.parent, best) if best else path
-        found = problem(path) or problem(beside)  # of the best one only the weights are needed
-        return f"its best model, {beside.name}: {found}" if found and not problem(path) else found
-
-    for path in [Path(asked)] if asked else store.checkpoints(config.output_dir):
-        reason = problem_of_both(path)
-        if reason and asked:
-            raise UserError(f"resume_from_checkpoint={asked}: {reason}")
-        if reason:
-            notes.append(f"{path.name} is passed over: {reason}")
-        elif reason := obstacle(path, strategy, world_size):
-            raise UserError(f"{path} cannot be resumed by this launch ({strategy}, {world_size} processes): {reason}")
-        else:
-            return str(path), notes
-    if any(store.checkpoints(config.output_dir)):
-        raise UserError(f"no checkpoint in {config.output_dir} is whole; --fresh starts over. {'; '.join(notes)}")
-    return None, notes
-
-
-def _settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """A run's config.yaml; empty if there is none or it cannot be read."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -425,9 +102,11 @@ def _settings(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from those in a run's config.yaml, where that matters: (before, now)."""
-    before, now = _settings(path), config.resolved()
-    return {
-        key: (before[key], now[key]) for key in now if key not in FREE and key in before and before[key] != now[key]
-    }
+def is_new(folder: Path) -> bool:
+    return not folder.exists() or not any(path.name != LOCK for path in folder.iterdir())
+
+
+def aside_of(folder: Path) -> Path:
+    """<folder>.previous, or the first of <folder>.previous-2, -3, ... that is free: nothing is ever overwritten."""
+    first = folder.resolve().with_name(folder.resolve().name + ".previous")
+    return next(p for n in itertools.count(1) if not (p := first if n == 1 else Path(f"{first}-{n}")).exists())

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vit_dist import console, distributed, entry, run_folder, stop
+from vit_dist import attempts, console, distributed, entry, stop
 from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.owner import owned
@@ -31,20 +31,21 @@ def train(config: Config) -> None:
     """The order of events of a run; every rank runs it. Raises UserError for what the user can mend."""
     # Slow to import; a mistake in the command should be told at once.
     from vit_dist import failure, strategy
-    from vit_dist.trainer import build_arguments
+    from vit_dist.arguments import build_arguments
 
     stop.listen(config.max_time)
     idle_gpus = distributed.use_one_device()
     strategy.check_owners(config.precision)
-    run_folder.check(config)
-    batch = split_batch(config, distributed.launched_world_size(), run_folder.batch_to_keep(config))
+    attempts.check(config)
+    batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
     args = build_arguments(config, batch)  # joins the process group
     distributed.check_launch(args)
-    distributed.agree("batch", str(batch))
     asked = strategy.prepare(args)
+    facts = attempts.common_facts(config, asked, args.device.type) | {"batch": str(batch)}
+    distributed.agree(facts, "start all of them with one command, in one environment")
     with contextlib.ExitStack() as held:
         distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
-        attempt = distributed.on_main(lambda: run_folder.inspect(config, asked, args.world_size))
+        attempt = distributed.on_main(lambda: attempts.inspect(config, asked, args.world_size))
         if attempt.finished:
             console.say(attempt.finished)
             return
@@ -58,7 +59,7 @@ def fit(
     args: TrainingArguments,
     batch: Batch,
     asked: str,
-    attempt: run_folder.Attempt,
+    attempt: attempts.Attempt,
     watchdog: Watchdog,
     idle_gpus: int,
     held: contextlib.ExitStack,
@@ -74,7 +75,7 @@ def fit(
     from vit_dist.trainer import build_trainer, require_metric
 
     data = build_data(config.data, config.model, config.data_seed, console.progress)
-    distributed.agree("data", data.record["fingerprint"])
+    distributed.agree({"data": data.record["fingerprint"]}, "do all nodes see the same files?")
     built = build_model(config.model, data.classes, data.input_size, seed=args.seed, cache_dir=config.data.cache_dir)
     metrics = ClassificationMetrics(data.classes, config.run.metrics)
     require_metric(config.training["metric_for_best_model"], metrics)
@@ -88,12 +89,12 @@ def fit(
     strategy.confirm(asked, trainer.accelerator)
 
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    facts = run_folder.facts(data.record, built.revision, args.world_size, batch.total, asked, device)
+    facts = attempts.facts(data.record, built.revision, args.world_size, batch.total, asked, device)
     if attempt.replaces:
-        distributed.on_main(lambda: run_folder.move_aside(config, attempt))
+        distributed.on_main(lambda: attempts.move_aside(config, attempt))
         distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
-    attempt = distributed.on_main(lambda: run_folder.open_attempt(config, attempt, data.classes, facts))
-    trainer.facts = run_folder.manifest_facts(attempt, facts, batch)
+    attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
+    trainer.facts = attempts.manifest_facts(attempt, facts, batch)
     with failure.recorded(config.output_dir, trainer.whereabouts):
         reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
         console.say(*summary.describe(config, attempt, data, built, trainer, batch, asked, idle_gpus, reporting))

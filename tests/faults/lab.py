@@ -7,19 +7,23 @@ processes, the kills and the files are real. Where the launcher matters, conftes
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from conftest import CONFIGS
 from points import install, witness
 
 from vit_dist.checkpoint import store
@@ -88,18 +92,30 @@ class Lab:
     def __init__(self, root: Path, args: list[Any]) -> None:
         self.root, self.args = root, args
 
-    def start(self, folder: Path, *args: Any, processes: int = 1, fault: str = "", **env: str) -> Job:
+    def start(
+        self,
+        folder: Path,
+        *args: Any,
+        processes: int = 1,
+        strategy: str = "ddp",
+        fault: str = "",
+        alone: Mapping[int, Sequence[Any]] | None = None,
+        **env: str,
+    ) -> Job:
+        """`alone`: further arguments of one rank, by rank."""
         log = folder.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         argv = list(map(str, [*self.args, "--output_dir", folder, *args]))
         if "--per_device_train_batch_size" not in argv:
             argv += ["--per_device_train_batch_size", str(8 // processes)]
         launcher, port = _launcher() if processes > 1 else (None, 0)
+        env = {**launch_environment(strategy), **env}
+        argvs = [[*argv, *map(str, (alone or {}).get(rank, ()))] for rank in range(processes)]
         pids = []
         for rank in range(processes):
             pid = os.fork()
-            if pid == 0:
-                _child(rank, processes, port, argv, log, fault, env)
+            if pid == 0:  # nothing may fail before `_child`: the fork would go on as a test run of its own
+                _child(rank, processes, port, argvs[rank], log, fault, env)
             pids.append(pid)
         return Job(pids, log, {}, launcher)
 
@@ -109,6 +125,21 @@ class Lab:
         codes = job.wait()
         assert expect is None or set(codes) == {expect}, f"{codes}\n{job.output}"
         return job
+
+
+@functools.cache
+def launch_environment(strategy: str) -> dict[str, str]:
+    """What `accelerate launch --config_file configs/accelerate/<strategy>.yaml` tells the processes of the strategy."""
+    if strategy == "ddp":
+        return {}
+    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    made = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{strategy}.yaml",
+         "--num_processes", "1", "--main_process_port", "0", "--no_python", sys.executable, "-c", show],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told: dict[str, str] = json.loads(made.stdout.splitlines()[-1])
+    return {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def _launcher() -> tuple[int, int]:
@@ -162,8 +193,12 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     timing = ("runtime", "per_second")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((folder / "all_results.json").read_text())
-    weights = [folder / "best/model.safetensors", last / "model.safetensors", last / "optimizer.pt"]
-    digests = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in weights}
+    # ZeRO's shares of the optimizer end with padding that nobody sets; what they did is in the weights and rows.
+    state = [
+        p for p in last.rglob("*") if p.suffix in (".safetensors", ".pt", ".distcp") and "optim_states" not in p.name
+    ]
+    weights = [folder / "best/model.safetensors", *state]
+    digests = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(weights)}
     return {
         **digests,
         "rows": [{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows],

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vit_dist import trainer
+from vit_dist import resumable, trainer
 from vit_dist.checkpoint import store, writer
 from vit_dist.data import dataset
 
@@ -42,7 +42,7 @@ POINTS: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
     "before_commit": (writer.CheckpointWriter, "_commit", _always, "before"),
     "after_commit": (writer.CheckpointWriter, "_commit", _always, "after"),
     "before_optim": (trainer.ExactTrainer, "_get_grad_norm", _always, "before"),
-    "in_step_end": (trainer._StopWhenAsked, "on_step_end", _always, "after"),
+    "in_step_end": (resumable._StopWhenAsked, "on_step_end", _always, "after"),
     "mid_eval": (trainer.ExactTrainer, "prediction_step", _always, "after"),
     "in_worker": (dataset.ImageDataset, "__getitems__", _always, "before"),
     # rank 0

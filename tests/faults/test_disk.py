@@ -16,7 +16,7 @@ import pytest
 import torch
 from lab import ARGS, Lab, committed, fingerprint, status, undisturbed
 
-from vit_dist import run_folder, stop
+from vit_dist import attempts, stop
 from vit_dist.checkpoint import store
 from vit_dist.checkpoint.snapshot import Snapshot, TorchFile
 from vit_dist.checkpoint.writer import CheckpointWriter
@@ -147,7 +147,7 @@ def test_any_damage_to_any_file_is_found_named_and_gone_around(lab: Lab, whole: 
             config = load_config(
                 list(map(str, [*lab.args, "--output_dir", folder, "--per_device_train_batch_size", 8]))
             )
-            attempt = run_folder.inspect(config, "single", 1)
+            attempt = attempts.inspect(config, "single", 1)
             assert attempt.begins_at == steps[-2], (name, kind)
             assert any(newest.name in note and name in note for note in attempt.notes), (name, kind, attempt.notes)
             if (name, kind) in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from conftest import losses, rows
 from lab import ARGS, Lab, committed, fingerprint, status
 
 from vit_dist import stop
+
+FULL = "FAULTS" in os.environ  # `make test-faults`
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,36 @@ def test_interrupted_runs_end_with_the_same_bits(
     if name == "early stopping":
         last = max(row["step"] for row in rows(whole))
         assert last < 30 and json.loads((whole / "all_results.json").read_text())["train_steps"] == last
+
+
+# The same under the strategies that share the state out: dropout, augmentation, accumulation, bf16.
+SHARDED = {
+    "zero2": ["--per_device_train_batch_size", 2],
+    "zero3": ["--bf16"],
+    "fsdp2": ["--per_device_train_batch_size", 2],
+}
+if FULL:
+    SHARDED |= {"zero1": [], "zero3 fp32": [], "fsdp2 bf16": ["--bf16"]}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_so_do_those_that_share_out_their_state(root: Path, photos: Path, dropout_checkpoint: Path, name: str) -> None:
+    """Stopped within an epoch, and killed between the writing of a save and its commit."""
+    if name.startswith("zero") and "REQUIRE_DEEPSPEED" not in os.environ:
+        pytest.importorskip("deepspeed")
+    strategy = name.split()[0]
+    lab = Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS, *SHARDED[name]])
+    whole, again = root / f"{name}_whole", root / f"{name}_again"
+    lab.run(whole, processes=2, strategy=strategy)
+    faults = (
+        ("before_optim:0:7:term" if strategy == "fsdp2" else "in_step_end:0:6:term", 2, stop.EXIT_CODE),
+        ("after_write:1:2:kill9", 0, None),  # at step 15, written and not committed: back to 10
+    )
+    for fault, workers, expect in faults:
+        lab.run(again, "--dataloader_num_workers", workers, processes=2, strategy=strategy, fault=fault, expect=expect)
+    assert committed(again)[-1] == 10
+    lab.run(again, processes=2, strategy=strategy)
+    assert fingerprint(whole) == fingerprint(again)
 
 
 def test_killed_after_it_stopped_early(root: Path, photos: Path, dropout_checkpoint: Path) -> None:

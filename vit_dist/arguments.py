@@ -1,0 +1,89 @@
+"""The settings of a run as `TrainingArguments`, which also joins the process group."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from vit_dist.batch import Batch, scaled_learning_rate
+from vit_dist.config import Config
+from vit_dist.errors import UserError
+
+
+def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
+    """Make the `TrainingArguments`, which joins the process group. Call once.
+
+    Without an accelerator the device is the CPU, said explicitly: left to itself, upstream would not see the
+    launcher's other processes.
+    """
+    settings = dict(config.training)
+    settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"] = (
+        batch.per_device,
+        batch.accumulation,
+    )
+    settings["learning_rate"] = scaled_learning_rate(config, batch)
+    if settings.get("ddp_static_graph", False) is None:
+        # The same graph at every step: DDP need not look for what is ready. It fails where a step begins without
+        # synchronisation (torch 2.13, reducer.cpp, expect_autograd_hooks_).
+        settings["ddp_static_graph"] = batch.accumulation == 1
+    settings["use_cpu"] = settings["use_cpu"] or not torch.accelerator.is_available()
+    if settings["dataloader_num_workers"] is None:
+        settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
+    settings["dataloader_drop_last"] = False  # our sampler's business; upstream would drop evaluation images too
+    settings["report_to"] = [name for name in reporters(config) if name != "wandb"] or "none"
+    settings["save_total_limit"] = None  # our writer's business, which deletes after a commit and not before
+    settings["disable_tqdm"] = True  # our own progress callback shows bars on a terminal
+    settings["restore_callback_states_from_checkpoint"] = False
+    if str(settings["lr_scheduler_type"]).endswith("reduce_lr_on_plateau"):
+        settings["lr_scheduler_kwargs"] = _plateau_settings(settings)
+    if "tensorboard" in settings["report_to"]:
+        # upstream dropped `logging_dir` (after 5.10); this variable is what it reads now
+        if "logging_dir" in settings:
+            settings["logging_dir"] = str(config.logging_dir)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.logging_dir)
+    try:
+        return TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training arguments: {' '.join(str(error).split())}") from None
+
+
+def _plateau_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """PyTorch's scheduler waits for a metric to fall; ours (accuracy) is to rise."""
+    metric, greater = str(settings["metric_for_best_model"]), settings["greater_is_better"]
+    rises = not metric.endswith("loss") if greater is None else greater
+    try:
+        given = json.loads(settings["lr_scheduler_kwargs"] or "{}")
+    except ValueError:
+        raise UserError(f"lr_scheduler_kwargs={settings['lr_scheduler_kwargs']}: not JSON") from None
+    return {"mode": "max" if rises else "min", **given}
+
+
+def reporters(config: Config) -> list[str]:
+    """`--report_to` as a list; empty if it was not given (then Weights & Biases is used if the user is logged in).
+
+    Raises UserError for one that there is not, or that is not installed.
+    """
+    asked = config.training["report_to"]
+    names = [asked] if isinstance(asked, str) else list(asked or [])
+    available = get_available_reporting_integrations()
+    names = available if "all" in names else [name for name in names if name != "none"]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise UserError(f"report_to {name}: there is no such tracker; {hint}")
+        if name not in available:
+            raise UserError(f"report_to {name}: not installed; pip install {name}")
+    return names
+
+
+def _spare_cores() -> int:
+    """Data loading workers for this process: its share of the cores it may use, less one for itself, at most 8."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))
