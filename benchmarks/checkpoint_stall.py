@@ -12,17 +12,15 @@ each kind, turn by turn (upstream, blocking, background, background, blocking, u
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from record import record
 from transformers import Trainer, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vit_dist import console
@@ -86,27 +84,15 @@ def main(out: str | None = None) -> None:
                     store.discard(path)
         assert trainer.writer.problem is None
     medians = {kind: statistics.median(times) for kind, times in seconds.items() if times}
-    result: dict[str, Any] = {
-        "command": "python benchmarks/checkpoint_stall.py",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "device": str(trainer.args.device)},
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
-        "state_bytes": 3 * 4 * sum(p.numel() for p in trainer.model.parameters()),
-        "seconds": {kind: [round(s, 3) for s in times] for kind, times in seconds.items() if times},
-        "median_seconds": {kind: round(s, 3) for kind, s in medians.items()},
-        "stall_over_blocking": round(medians["background"] / medians["blocking"], 3),
-        "stall_over_upstream": round(medians["background"] / medians["upstream"], 3),
-        "resident_bytes": {"before": resident[0], "most": max(resident), "most_ever": memory()["most_resident"]},
-    }
-    text = json.dumps(result, indent=1) + "\n"
-    sys.stdout.write(text)
-    if out:
-        Path(out).write_text(text)
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    record(
+        __file__, out, ("torch", "transformers", "accelerate", "safetensors"), str(trainer.args.device),
+        state_bytes=3 * 4 * sum(p.numel() for p in trainer.model.parameters()),
+        seconds={kind: [round(s, 3) for s in times] for kind, times in seconds.items() if times},
+        median_seconds={kind: round(s, 3) for kind, s in medians.items()},
+        stall_over_blocking=round(medians["background"] / medians["blocking"], 3),
+        stall_over_upstream=round(medians["background"] / medians["upstream"], 3),
+        resident_bytes={"before": resident[0], "most": max(resident), "most_ever": memory()["most_resident"]},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

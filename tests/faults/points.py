@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo import convert_frame
 
 from vit_dist import resumable, trainer
 from vit_dist.checkpoint import store, writer
@@ -44,6 +45,7 @@ POINTS: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
     "before_optim": (trainer.ExactTrainer, "_get_grad_norm", _always, "before"),
     "in_step_end": (resumable._StopWhenAsked, "on_step_end", _always, "after"),
     "mid_eval": (trainer.ExactTrainer, "prediction_step", _always, "after"),
+    "in_compile": (convert_frame, "_compile", _always, "before"),
     "in_worker": (dataset.ImageDataset, "__getitems__", _always, "before"),
     # rank 0
     "after_weights": (store, "settle", lambda path: path.name == "model.safetensors", "after"),

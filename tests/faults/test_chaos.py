@@ -23,7 +23,9 @@ from vit_dist.checkpoint import store
 
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 MINUTES = float(os.environ.get("CHAOS_MINUTES", "0"))
-SAVE_POINTS = sorted(name for name in POINTS if name not in ("in_worker", "in_step_end", "mid_eval", "before_optim"))
+SAVE_POINTS = sorted(
+    name for name in POINTS if name not in ("in_compile", "in_worker", "in_step_end", "mid_eval", "before_optim")
+)
 STEP_POINTS = ("before_optim", "in_step_end", "mid_eval")
 
 

@@ -70,6 +70,17 @@ def test_all_ranks_commit_within_one_step_and_leave(lab: Lab, whole: dict[int, A
     assert status(folder)["state"] == "complete"
 
 
+def test_asked_while_the_model_is_compiled(lab: Lab) -> None:
+    """Compiling is part of the step: it is finished, committed, and need not be repeated for the same images."""
+    flags = ["--torch_compile", "--torch_compile_backend", "eager", "--eval_strategy", "no"]
+    folder = lab.root / "compiled"
+    lab.run(folder, *flags, processes=2, fault="in_compile:1:1:term", expect=stop.EXIT_CODE)
+    assert (status(folder)["step"], status(folder)["by"]) == (1, "SIGTERM on rank 1")
+    lab.run(folder, *flags, processes=2)
+    lab.run(lab.root / "compiled_whole", *flags, processes=2)
+    assert fingerprint(folder) == fingerprint(lab.root / "compiled_whole")
+
+
 def test_many_interruptions_one_after_the_other(lab: Lab, whole: dict[int, Any]) -> None:
     """Also right after a resumption, twice at one step, and within a pending evaluation."""
     folder, steps = lab.root / "many", []
