@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "batch": {"config", "errors"},
     "schedule": {"config", "errors"},
     "checkpoint.__init__": set(),
-    "checkpoint.store": set(),
+    "checkpoint.store": {"files"},
     "checkpoint.load": {"checkpoint.store"},
     "checkpoint.snapshot": {"checkpoint.load", "checkpoint.store"},
     "checkpoint.writer": {
@@ -86,7 +86,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"files", "config", "data.dataset", "data.decode"},
     "results": {
-        "config", "console", "distributed", "data.dataset", "data.pipeline", "metrics.__init__", "report", "run_folder",
+        "config", "console", "distributed", "data.dataset", "data.pipeline", "files", "metrics.__init__", "report",
+        "run_folder",
         "stop", "trackers", "trainer",
     },
     "train": {

@@ -1,7 +1,7 @@
 """One training problem under every strategy: the same curve, exact metrics, exact resumption, one export.
 
-Real launches of two processes, each once for all tests. A run is cut by hand where a kill right after a checkpoint
-would leave it; real kills are in test_resume.py and at the end of this file.
+Every strategy is launched for real once for all tests; what goes on from there is forked (see lab.py). A run is cut by
+hand where a kill right after a checkpoint would leave it; real kills are in test_resume.py, in faults/ and at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import psutil
 import pytest
 import torch
 from conftest import CONFIGS, command, losses, results, rows, run, write_photos
+from lab import Job
+from lab import Lab as Forks
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, EvalPrediction, ViTConfig, ViTForImageClassification
 
@@ -33,6 +35,7 @@ from vit_dist.data.pipeline import build_data
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.strategy import mark_blocks
 
+TESTS = Path(__file__).parent
 STEPS = 20
 ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 STRATEGIES = ("ddp", *ZERO, "fsdp2", "fsdp2_full")
@@ -55,6 +58,10 @@ def needing(cases: Sequence[Any]) -> list[Any]:
     return [pytest.param(*case, marks=[without_deepspeed] if case[0].startswith("zero") else []) for case in cases]
 
 
+def processes(strategy: str) -> int:
+    return {"single": 1, "hsdp": 4}.get(strategy, 2)
+
+
 @dataclass
 class Lab:
     """Starts runs of the one problem, and remembers them."""
@@ -63,28 +70,33 @@ class Lab:
     args: list[Any]
 
     def launch(self, name: str, strategy: str, *args: Any, expect: int = 0, **env: str) -> Any:
-        """`strategy` in the folder `name`; two processes, four for hsdp, one for single."""
-        processes = {"single": 1, "hsdp": 4}.get(strategy, 2)
-        config = self.root / "fsdp2_full.yaml" if strategy == "fsdp2_full" else CONFIGS / f"{strategy}.yaml"
+        """`strategy` in the folder `name`, by the real launcher."""
         done = run(
-            *self.args, "--output_dir", self.root / name, *args, launcher="accelerate", processes=processes,
-            config=config, launch=HSDP if strategy == "hsdp" else [], expect=expect, **env,
+            *self.args, "--output_dir", self.root / name, *args, launcher="accelerate", processes=processes(strategy),
+            config=CONFIGS / f"{strategy}.yaml", launch=HSDP if strategy == "hsdp" else [], expect=expect, **env,
         )  # fmt: skip
         (self.root / f"{name}.log").write_text(done.stdout + done.stderr)
         return done
 
+    def fork(self, name: str, strategy: str, *args: Any, **options: Any) -> Job:
+        """The same without the launcher."""
+        asked = self.root / "fsdp2_full.yaml" if strategy == "fsdp2_full" else strategy
+        return Forks(self.root, self.args).run(
+            self.root / name, *args, processes=processes(strategy), strategy=asked, **options
+        )
+
     def whole(self, strategy: str, accumulation: int = 1) -> Path:
-        """A run from start to end; with one micro-batch to a step it is observed (observed_train.py)."""
+        """A run from start to end; with one micro-batch to a step it is launched and observed (observed_train.py)."""
         folder = self.root / f"{strategy}_{accumulation}"
-        if not folder.exists():
-            processes = {"single": 1, "hsdp": 4}.get(strategy, 2)
-            seen = folder.with_suffix(".seen")
-            seen.mkdir()
-            self.launch(
-                folder.name, strategy, "--per_device_train_batch_size", 8 // processes // accumulation,
-                "--global_batch_size", 8, module="observed_train", OBSERVED=str(seen),
-                PYTHONPATH=str(Path(__file__).parent),
-            )  # fmt: skip
+        if folder.exists():
+            return folder
+        split = ["--per_device_train_batch_size", 8 // processes(strategy) // accumulation, "--global_batch_size", 8]
+        if accumulation > 1 or strategy == "fsdp2_full":
+            self.fork(folder.name, strategy, *split)
+            return folder
+        seen = folder.with_suffix(".seen")
+        seen.mkdir()
+        self.launch(folder.name, strategy, *split, module="observed_train", OBSERVED=str(seen), PYTHONPATH=str(TESTS))
         return folder
 
     def cut(self, source: Path, name: str) -> Path:
@@ -99,10 +111,9 @@ class Lab:
 
     def resumed(self, source: Path, strategy: str, name: str, accumulation: int) -> Path:
         folder = self.cut(source, name)
-        processes = {"single": 1, "hsdp": 4}.get(strategy, 2)
-        per_device = 8 // processes // accumulation
-        done = self.launch(name, strategy, "--per_device_train_batch_size", per_device, "--global_batch_size", 8)
-        assert "from checkpoint-10" in done.stdout
+        per_device = 8 // processes(strategy) // accumulation
+        job = self.fork(name, strategy, "--per_device_train_batch_size", per_device, "--global_batch_size", 8)
+        assert "from checkpoint-10" in job.output
         return folder
 
 
@@ -278,7 +289,7 @@ def test_the_memory_estimate_is_what_a_rank_holds(lab: Lab, strategy: str) -> No
 @pytest.mark.parametrize("strategy", needing(("ddp", "zero2", "zero3", "fsdp2")))
 def test_bf16_with_activation_checkpointing_and_the_best_model_not_the_last(lab: Lab, strategy: str) -> None:
     name = f"{strategy}_bf16"
-    lab.launch(
+    lab.fork(
         name, strategy, "--bf16", "--activation_checkpointing", "--per_device_train_batch_size", 4,
         "--greater_is_better", "true",  # the highest loss, which is that of step 10
     )  # fmt: skip
@@ -314,15 +325,12 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds(lab: Lab, strategy
 
 @pytest.mark.parametrize("strategy", needing(("zero3", "fsdp2")))
 def test_killed_within_a_save_of_shares(lab: Lab, strategy: str) -> None:
-    """Rank 1 has written its share of step 20 and dies: step 20 was never saved. The faults of tests/faults."""
+    """Rank 1 has written its share of step 20 and dies: step 20 was never saved."""
     folder = lab.root / f"{strategy}_half_saved"
     args = ["--per_device_train_batch_size", 4, "--global_batch_size", 8]
-    lab.launch(
-        folder.name, strategy, *args, expect=1, module="faulty_train", VIT_DIST_FAULT="after_write:1:2:kill9",
-        PYTHONPATH=str(Path(__file__).parent / "faults"),
-    )  # fmt: skip
+    lab.fork(folder.name, strategy, *args, fault="after_write:1:2:kill9", expect=None)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-10"] and damage(folder / "checkpoint-10") is None
-    assert "from checkpoint-10" in lab.launch(folder.name, strategy, *args).stdout
+    assert "from checkpoint-10" in lab.fork(folder.name, strategy, *args).output
     whole = lab.whole(strategy)
     assert (whole / "best/model.safetensors").read_bytes() == (folder / "best/model.safetensors").read_bytes()
     assert losses(folder) == losses(whole)

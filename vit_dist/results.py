@@ -15,6 +15,7 @@ from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.pipeline import ImageData
 from vit_dist.distributed import on_main
+from vit_dist.files import sync_tree
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.trackers import Trackers
 from vit_dist.trainer import ExactTrainer
@@ -50,6 +51,7 @@ def conclude(
         report.finish_export(partial)
         report.check_export(partial, dataset, logits, trainer.args.device, computed_in(trainer))
         report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
+        sync_tree(partial)  # before status.json says that it is there
         shutil.rmtree(config.output_dir / "best", ignore_errors=True)
         os.replace(partial, config.output_dir / "best")
         report.write_predictions(config.output_dir / "predictions.parquet", dataset, split, data.classes, logits)

@@ -27,7 +27,7 @@ def launched(lab: Lab, folder: Path, fault: str, *args: object) -> tuple[float, 
         command("torchrun", 2, *lab.args, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--output_dir",
                 folder, *args, module="faulty_train"),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "VIT_DIST_FAULT": fault, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "VIT_DIST_FAULT": fault, "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(row["step"] >= 6 for row in rows(folder)) and process.poll() is None:

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vit_dist.files import sync_folder
+
 MANIFEST = "manifest.json"
 STAGING, TRASH = ".staging", ".trash"
 FORMAT = 1
@@ -206,15 +208,6 @@ def untrusted(path: Path) -> str | None:
     if facts.st_mode & stat.S_IWOTH:
         return f"everybody may write in it; chmod -R o-w {path}"
     return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -97,12 +97,12 @@ class Lab:
         folder: Path,
         *args: Any,
         processes: int = 1,
-        strategy: str = "ddp",
+        strategy: str | Path = "ddp",
         fault: str = "",
         alone: Mapping[int, Sequence[Any]] | None = None,
         **env: str,
     ) -> Job:
-        """`alone`: further arguments of one rank, by rank."""
+        """`strategy`: of configs/accelerate, or a file like those. `alone`: further arguments of one rank, by rank."""
         log = folder.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         argv = list(map(str, [*self.args, "--output_dir", folder, *args]))
@@ -128,13 +128,14 @@ class Lab:
 
 
 @functools.cache
-def launch_environment(strategy: str) -> dict[str, str]:
+def launch_environment(strategy: str | Path) -> dict[str, str]:
     """What `accelerate launch --config_file configs/accelerate/<strategy>.yaml` tells the processes of the strategy."""
-    if strategy == "ddp":
+    if strategy in ("single", "ddp"):
         return {}
+    config = strategy if isinstance(strategy, Path) else CONFIGS / f"{strategy}.yaml"
     show = "import json, os; print(json.dumps(dict(os.environ)))"
     made = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{strategy}.yaml",
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
          "--num_processes", "1", "--main_process_port", "0", "--no_python", sys.executable, "-c", show],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
