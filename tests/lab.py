@@ -26,6 +26,7 @@ import torch.distributed as dist
 from conftest import CONFIGS
 from points import install, witness
 
+from vit_dist import distributed
 from vit_dist.checkpoint import store
 
 # What a run imports on its way; here once for all of them.
@@ -177,6 +178,7 @@ def _child(rank: int, world: int, port: int, argv: list[str], log: Path, fault: 
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
                 TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
             )  # fmt: skip
+        distributed.first_to_fail.cache_clear()  # what the test process has asked
         install(rank, fault)
         witness(rank)
         from vit_dist import train

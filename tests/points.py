@@ -48,8 +48,8 @@ POINTS: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
     "in_compile": (convert_frame, "_compile", _always, "before"),
     "in_worker": (dataset.ImageDataset, "__getitems__", _always, "before"),
     # rank 0
-    "after_weights": (store, "settle", lambda path: path.name == "model.safetensors", "after"),
-    "after_optimizer": (store, "settle", lambda path: path.name == "optimizer.pt", "after"),
+    "after_weights": (store, "settle", lambda path, *rest: path.name == "model.safetensors", "after"),
+    "after_optimizer": (store, "settle", lambda path, *rest: path.name == "optimizer.pt", "after"),
     "before_manifest": (store, "commit", _always, "before"),
     "before_rename": (os, "rename", _moved(".staging", "checkpoint-"), "before"),
     "after_rename": (os, "rename", _moved(".staging", "checkpoint-"), "after"),

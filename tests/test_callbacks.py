@@ -59,3 +59,21 @@ def test_progress(
     assert len(lines) == 3, "the first, the last, and the evaluation: not one line a step"
     assert "step 20/20" in lines[-1] and "accuracy 0.8750, loss 0.2500" in lines[-1]
     assert ("100%" in err) == terminal, "bars on a terminal only"
+
+
+def test_rows_that_a_full_disk_did_not_take_are_written_later(tmp_path: Path) -> None:
+    """However many they are, and if only a part of one was taken."""
+    file, full = MetricsFile(tmp_path / "metrics.jsonl"), [False]
+    raw = file._file
+
+    class Disk:
+        def write(self, data: bytes) -> int:
+            if full[0]:
+                raise OSError(28, "No space left on device")
+            return raw.write(data[: max(1, len(data) // 2)])
+
+    file._file = Disk()  # type: ignore[assignment]
+    for step in range(1000):
+        full[0] = 10 <= step < 900
+        file.append(step, {"loss": step / 7})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1000))

@@ -73,7 +73,7 @@ def test_the_best_model_is_loaded_whole(family: str, tmp_path: Path) -> None:
     best = {name: value.clone() for name, value in model.state_dict().items()}
     save(trainer, model, 20)
     overwrite(model)
-    trainer.state.best_global_step = 20
+    trainer.state.best_global_step, trainer.args.load_best_model_at_end = 20, True
     trainer._load_best_model()
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
 
@@ -91,5 +91,6 @@ def test_canary_stock_trainer_still_loses_the_encoder(family: str, tmp_path: Pat
 
 def test_canary_the_overridden_methods_exist_upstream() -> None:
     for name in ("_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler", "_load_rng_state",
-                 "_save_checkpoint", "_evaluate", "_maybe_log_save_evaluate", "_get_grad_norm"):  # fmt: skip
+                 "_save_checkpoint", "_evaluate", "_determine_best_metric", "_maybe_log_save_evaluate",
+                 "_get_grad_norm"):  # fmt: skip
         assert name in vars(Trainer), f"upstream renamed {name}: ExactTrainer's override is never called"

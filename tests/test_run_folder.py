@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ def save_checkpoint(folder: Path, step: int, best: int | None = None, **more: An
     staged = store.begin(folder, step)
     (staged / "weights").write_bytes(bytes(100))
     (staged / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_global_step": best}))
-    run = json.loads((folder / "run.json").read_text())["wandb_id"]
-    facts = {"step": step, "run": run, "layout": "plain", "strategy": "ddp", "world_size": 2, **more}
+    record = json.loads((folder / "run.json").read_text())
+    facts = {
+        "step": step, "run": record["wandb_id"], "layout": "plain", "strategy": "ddp", "world_size": 2,
+        "best_step": best, "record": record, **more,
+    }  # fmt: skip
     return store.commit(staged, {path.name: store.settle(path) for path in staged.iterdir()}, facts)
 
 
@@ -188,10 +192,7 @@ def test_killed_while_the_first_files_were_written(tmp_path: Path, left: str) ->
         if path.name != left:
             path.unlink()
     begin(tmp_path / "run")
-    save_checkpoint(tmp_path / "run", 5)
-    (tmp_path / "run/config.yaml").write_text("")
-    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
-        begin(tmp_path / "run")
+    assert begin(tmp_path / "run").number > 1
 
 
 def test_another_runs_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
@@ -214,14 +215,15 @@ def test_a_file_or_someone_elses_folder_is_refused(tmp_path: Path) -> None:
 def test_a_failure_is_recorded_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOUD_API_KEY", "c0ffee-c0ffee")
     begin(tmp_path / "run")
+    whereabouts = lambda: {"step": 3, "committed": 2, "last_images": ["7 (cat/7.png)"]}  # noqa: E731
     with (
         pytest.raises(ZeroDivisionError),
-        failure.recorded(tmp_path / "run", lambda: {"step": 3, "last_images": ["7 (cat/7.png)"]}),
+        failure.recorded(tmp_path / "run", attempts.Attempt(number=4), whereabouts),
     ):
         raise ZeroDivisionError("by zero at https://me:hunter2@host/ with c0ffee-c0ffee and hf_abcdefgh123")
     status = json.loads((tmp_path / "run/status.json").read_text())
     record = json.loads((tmp_path / "run/failure.json").read_text())
-    assert (status["state"], status["rank"]) == ("failed", 0)
+    assert [status[key] for key in ("state", "rank", "attempt", "step")] == ["failed", 0, 4, 2]
     assert record["reason"] == "ZeroDivisionError: by zero at https://***@host/ with *** and ***"
     assert record["step"] == 3 and record["last_images"] == ["7 (cat/7.png)"] and record["memory"]["resident"] > 1e6
     assert "test_run_folder.py" in "".join(record["traceback"]) and "torch" in record["versions"]
@@ -234,7 +236,7 @@ def test_a_failure_is_recorded_without_secrets(tmp_path: Path, monkeypatch: pyte
 def test_out_of_memory_says_what_to_do(tmp_path: Path, error: BaseException) -> None:
     begin(tmp_path / "run")
     said = r"lower --per_device_train_batch_size .* resident .* GB"
-    with pytest.raises(UserError, match=said), failure.recorded(tmp_path / "run", dict):
+    with pytest.raises(UserError, match=said), failure.recorded(tmp_path / "run", attempts.Attempt(), dict):
         raise error
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
 
@@ -304,6 +306,90 @@ def test_a_lost_record_costs_no_rows_and_no_checkpoint(tmp_path: Path) -> None:
     assert (folder / "metrics.jsonl").exists() and begin(folder).begins_at == 5
 
 
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[:100],
+    "another batch": lambda text: text.replace('"global_batch_size": 64', '"global_batch_size": 65'),
+    "another run": lambda text: text.replace('"wandb_id": "', '"wandb_id": "0'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_lets_nothing_through(tmp_path: Path, damage: str) -> None:
+    """Every checkpoint carries it."""
+    folder = tmp_path / "run"
+    first = begin(folder)
+    save_checkpoint(folder, 5)
+    path = folder / "run.json"
+    before = path.read_text()
+    path.write_text(DAMAGES[damage](before))
+    assert path.read_text() != before
+    with pytest.raises(UserError, match=r"learning_rate 0.001 -> 0.5"):
+        begin(folder, "--learning_rate", "0.5")
+    with pytest.raises(UserError, match="global batch of 64 images, this launch makes 128"):
+        begin(folder, global_batch_size=128)
+    with pytest.raises(UserError, match="the data changed since the run began"):
+        begin(folder, data={"fingerprint": "other", "classes": "c"})
+    assert attempts.batch_to_keep(config(folder)) == 64
+    again = begin(folder)
+    assert (again.number, again.begins_at, again.wandb_id) == (2, 5, first.wandb_id)
+
+
+def test_a_record_that_is_nowhere_is_missed(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    complete(tmp_path / "run")
+    (tmp_path / "run/run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json cannot be read, so whether this is the same run is not known"):
+        begin(tmp_path / "run")
+
+
+def test_killed_while_an_allowed_change_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files but the last are new: the change is taken, and recorded, by the next start."""
+    folder, change = tmp_path / "run", ["--learning_rate", "0.5", "--allow_change", "learning_rate"]
+    begin(folder)
+    save_checkpoint(folder, 5)
+    write_json = attempts.write_json
+
+    def killed(path: Path, value: Any) -> None:
+        if path.name == "run.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(attempts, "write_json", killed)
+        begin(folder, *change)
+    with pytest.raises(UserError, match=r"learning_rate 0.001 -> 0.5"):
+        begin(folder, "--learning_rate", "0.5")
+    begin(folder, *change)
+    (recorded,) = json.loads((folder / "run.json").read_text())["changes"]
+    assert (recorded["key"], recorded["before"], recorded["now"]) == ("learning_rate", 0.001, 0.5)
+
+
+@pytest.mark.parametrize("key", ["metric_for_best_model", "greater_is_better"])
+def test_what_was_best_cannot_be_judged_anew(tmp_path: Path, key: str) -> None:
+    begin(tmp_path / "run")
+    save_checkpoint(tmp_path / "run", 5)
+    value = {"metric_for_best_model": "loss", "greater_is_better": "false"}[key]
+    with pytest.raises(UserError, match=f"allow_change {key}: a run cannot go on with another one"):
+        begin(tmp_path / "run", f"--{key}", value, "--allow_change", key)
+
+
+def test_a_best_model_matters_only_where_it_is_loaded(tmp_path: Path) -> None:
+    """What the trainer knows of the best step, without keeping it, is nothing to miss."""
+    begin(tmp_path / "run", "--load_best_model_at_end", "false")
+    checkpoint = save_checkpoint(tmp_path / "run", 6)
+    assert json.loads((checkpoint / "manifest.json").read_text())["best_step"] is None
+    assert begin(tmp_path / "run", "--load_best_model_at_end", "false").begins_at == 6
+
+
+def test_strange_names_are_no_checkpoints(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    save_checkpoint(tmp_path / "run", 5)
+    for name in ("checkpoint-\u00b2", "checkpoint-007", "checkpoint--1", "checkpoint-"):
+        (tmp_path / "run" / name).mkdir()
+    assert begin(tmp_path / "run").begins_at == 5
+
+
 def test_going_back_is_done_once(tmp_path: Path) -> None:
     """The flag stands in a command that is started again and again."""
     folder = tmp_path / "run"
@@ -328,6 +414,19 @@ def test_fresh_is_meant_for_the_first_start_of_a_job(tmp_path: Path, monkeypatch
     save_checkpoint(folder, 5)
     assert begin(folder, "--fresh").begins_at == 5, "requeued"
     assert (tmp_path / "run.previous").is_dir() and not (tmp_path / "run.previous-2").exists()
+
+
+def test_fresh_after_a_restart_by_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was obeyed already if this launch has begun the run, and not if it failed before that."""
+    folder = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    begin(folder)
+    save_checkpoint(folder, 5)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert begin(folder, "--fresh").begins_at == 5
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert attempts.batch_to_keep(config(folder, "--fresh")) is None
+    assert begin(folder, "--fresh").begins_at == 0 and (tmp_path / "run.previous").is_dir()
 
 
 def test_fresh_moves_what_a_link_leads_to(tmp_path: Path) -> None:
@@ -360,8 +459,13 @@ def test_attempts_without_progress_stop_at_three(tmp_path: Path) -> None:
         assert begin(folder).stalled == 0
 
 
-def test_a_folder_that_others_may_write_in_is_refused(tmp_path: Path) -> None:
-    begin(tmp_path / "run")
+@pytest.mark.parametrize("new", [True, False])
+def test_a_folder_that_others_may_write_in_is_refused(tmp_path: Path, new: bool) -> None:
+    """Also at the first start, or all later ones would refuse."""
+    if new:
+        (tmp_path / "run").mkdir()
+    else:
+        begin(tmp_path / "run")
     (tmp_path / "run").chmod(0o777)
     with pytest.raises(UserError, match=r"everybody may write in it; chmod -R o-w"):
         inspect(config(tmp_path / "run"))

@@ -50,7 +50,10 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
     try:
         return TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"training arguments: {' '.join(str(error).split())}") from None
+        hint = ""
+        if "round multiple" in str(error):  # with save_steps and eval_steps
+            hint = "; set both alike, or do without the best model: --load_best_model_at_end false"
+        raise UserError(f"training arguments: {' '.join(str(error).split())}{hint}") from None
 
 
 def _plateau_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import uuid
@@ -14,10 +15,10 @@ from typing import Any
 from vit_dist.batch import Batch
 from vit_dist.callbacks.metrics_file import truncate_metrics
 from vit_dist.checkpoint import store
-from vit_dist.checkpoint.load import obstacle, trainer_state
+from vit_dist.checkpoint.load import obstacle
 from vit_dist.config import Config, write_config
 from vit_dist.errors import UserError
-from vit_dist.files import replacing
+from vit_dist.files import is_sealed, replacing, seal
 from vit_dist.owner import LOCK
 from vit_dist.run_folder import (
     CLASSES,
@@ -30,7 +31,6 @@ from vit_dist.run_folder import (
     environment,
     is_new,
     read_json,
-    read_settings,
     versions,
     write_json,
     write_status,
@@ -51,7 +51,9 @@ FREE = {
 
 PINNED = ("data", "global_batch_size", "model_revision")  # facts that must not change between two attempts
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")  # settings of the batch
-FIXED = ("optim", "lr_scheduler_type", "image_size", "from_scratch")  # a checkpoint's state would not fit
+FIXED = (  # a checkpoint's state would not fit: shapes, or what was best so far
+    "optim", "lr_scheduler_type", "image_size", "from_scratch", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 MOST_STALLED = 3  # attempts that begin at the same step and get no further
 
@@ -74,6 +76,7 @@ class Attempt:
     finished: str | None = None  # what a complete run has to say, if there is nothing to do
     replaces: str | None = None  # the earlier run that `--fresh` moves aside
     notes: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)  # what run.json says of it, once it is open
 
 
 def check(config: Config) -> None:
@@ -82,20 +85,28 @@ def check(config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another --output_dir")
     _check_asked_checkpoint(config)
-    if not is_new(folder):
-        if not any((folder / name).exists() for name in (STATUS, RECORD, CONFIG)):
-            raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
-        if problem := store.untrusted(folder):
-            raise UserError(f"output_dir {folder}: {problem}; checkpoints in it could be anybody's")
+    if not is_new(folder) and not any((folder / name).exists() for name in (STATUS, RECORD, CONFIG)):
+        raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
+    if folder.exists() and (problem := store.untrusted(folder)):  # also of a new one: it could not be resumed
+        raise UserError(f"output_dir {folder}: {problem}; checkpoints in it could be anybody's")
 
 
 def batch_to_keep(config: Config) -> int | None:
     """The global batch of the run that this command continues, if its settings ask for no other."""
-    before = read_settings(config.output_dir / CONFIG)
-    now = config.resolved()
-    if config.run.fresh or not before or any(before.get(key) != now[key] for key in SPLIT):
+    record, now = known_record(config.output_dir), _settings(config)
+    before = record.get("settings")
+    if not before or any(before.get(key) != now[key] for key in SPLIT) or (config.run.fresh and not _began_it(record)):
         return None
-    return read_json(config.output_dir / RECORD).get("global_batch_size")
+    return record.get("global_batch_size")
+
+
+def known_record(folder: Path) -> dict[str, Any]:
+    """What run.json holds; if it is damaged or gone, what the newest checkpoint knows of it. Empty for a new run."""
+    record = read_json(folder / RECORD)
+    if is_sealed(record):
+        return record
+    known = (store.read_manifest(path).get("record") for path in store.checkpoints(folder))
+    return next((record for record in known if record), {})
 
 
 def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
@@ -106,7 +117,7 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
     folder = config.output_dir
     if is_new(folder):
         return Attempt()
-    status, record = read_json(folder / STATUS), read_json(folder / RECORD)
+    status, record = read_json(folder / STATUS), known_record(folder)
     summary = describe(folder)
     if config.run.fresh and not _began_it(record):
         return Attempt(replaces=summary)
@@ -120,12 +131,12 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
             attempt.notes.append(f"was {before[0]} on {before[1]} processes, goes on as {strategy} on {world_size}")
         _count_stalled(config, attempt, status, record)
     begun = complete or attempt.checkpoint is not None  # else nothing was saved that other settings could spoil
-    if begun and not read_settings(folder / CONFIG):
+    if begun and not record:
         raise UserError(
-            f"{folder / CONFIG} cannot be read, so whether this is the same run is not known; bring it back, or start "
+            f"{folder / RECORD} cannot be read, so whether this is the same run is not known; bring it back, or start "
             "over with --fresh"
         )
-    changed = _changes(folder / CONFIG, config)
+    changed = _changes(record, config)
     attempt.changes = list(record.get("changes", []))
     if begun:
         _allow(config, attempt, changed, strategy)
@@ -190,7 +201,7 @@ def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: di
     """
     folder, asked = config.output_dir, config.training["resume_from_checkpoint"]
     try:
-        before = read_json(folder / RECORD)
+        before = known_record(folder)
         changed = {key: (before[key], facts[key]) for key in PINNED if key in before and before[key] != facts[key]}
         if attempt.checkpoint:
             _allow(config, attempt, changed, facts["strategy"])
@@ -205,16 +216,19 @@ def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: di
         with replacing(folder / CONFIG) as partial:
             write_config(config, partial)
         write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
-        record = {
+        attempt.record = {
             "attempts": attempt.number,
             "job": os.environ.get("VIT_DIST_JOB_ID"),
+            "launch": _launch(),
             "went_back_to": Path(asked).name if asked else before.get("went_back_to"),
             "wandb_id": attempt.wandb_id,
             "began_at": attempt.begins_at,
             "stalled": attempt.stalled,
             "changes": attempt.changes,
+            "settings": _settings(config),
+            **facts,
         }
-        write_json(folder / RECORD, {**record, **facts})
+        write_json(folder / RECORD, seal(attempt.record))  # last: until then this attempt has not begun
         return attempt
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
@@ -246,8 +260,14 @@ def _allow(config: Config, attempt: Attempt, changed: dict[str, tuple[Any, Any]]
 
 def _began_it(record: dict[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this very job began the run and was started again: `--fresh` was meant for its first start."""
-    restarted = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarted = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and record.get("launch") == _launch(environ)
     return restarted or (record.get("job") is not None and record["job"] == environ.get("VIT_DIST_JOB_ID"))
+
+
+def _launch(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Tells one start of torchrun from another, restarts of its processes included."""
+    started = environ.get("TORCHELASTIC_RUN_ID")
+    return None if started is None else f"{started}:{environ.get('MASTER_PORT')}"
 
 
 def _count_stalled(config: Config, attempt: Attempt, status: dict[str, Any], record: dict[str, Any]) -> None:
@@ -258,11 +278,11 @@ def _count_stalled(config: Config, attempt: Attempt, status: dict[str, Any], rec
     if "restarts" in config.run.allow_change:
         attempt.stalled = 0
     if attempt.stalled >= MOST_STALLED:
-        why = status.get("reason", "it was killed")
+        ended = {"failed": f"failed, {status.get('reason')}", "preempted": f"asked to stop by {status.get('by')}"}
         raise UserError(
             f"{config.output_dir}: {attempt.stalled} attempts in a row began at step {attempt.begins_at} and saved "
-            f"nothing further (the last: {status.get('state', 'unknown')}, {why}); mend the cause and start with "
-            "--allow_change restarts"
+            f"nothing further (the last: {ended.get(str(status.get('state')), 'it was killed')}); mend the cause or "
+            "give it more time, and start with --allow_change restarts"
         )
 
 
@@ -290,6 +310,7 @@ def manifest_facts(attempt: Attempt, facts: dict[str, Any], batch: Batch) -> dic
         "batch": {**dataclasses.asdict(batch), "total": batch.total},
         "data": facts["data"]["fingerprint"],
         "classes": facts["data"]["classes"],
+        "record": attempt.record,
     }
 
 
@@ -331,7 +352,7 @@ def _newest_checkpoint(
         return broken[path]
 
     def problem_of_both(path: Path) -> str | None:
-        best = trainer_state(path).get("best_global_step")
+        best = store.read_manifest(path).get("best_step")
         beside = store.named(path.parent, best) if best else path
         found = problem(path) or problem(beside)  # of the best one only the weights are needed
         return f"its best model, {beside.name}: {found}" if found and not problem(path) else found
@@ -351,9 +372,14 @@ def _newest_checkpoint(
     return None, notes
 
 
-def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from those in a run's config.yaml, where that matters: (before, now)."""
-    before, now = read_settings(path), config.resolved()
+def _settings(config: Config) -> dict[str, Any]:
+    """All settings, as they are when they have been written and read."""
+    return json.loads(json.dumps(config.resolved()))
+
+
+def _changes(record: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those that the run had, where that matters: (before, now)."""
+    before, now = record.get("settings", {}), _settings(config)
     return {
         key: (before[key], now[key]) for key in now if key not in FREE and key in before and before[key] != now[key]
     }

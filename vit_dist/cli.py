@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(VERBS)}"
         sys.stderr.write(f"error: unknown verb {verb}; {hint}\n")
         return 2
-    return _run(verb, argv[1:])
+    try:
+        return _run(verb, argv[1:])
+    except KeyboardInterrupt:  # while the libraries are loaded; from there on the verbs take care of it
+        return 130
 
 
 def _run(verb: str, argv: list[str]) -> int:

@@ -81,6 +81,12 @@ class Channel:
         return bool(box)
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, as Gloo and NCCL say it."""
+    said = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
 def agree(facts: Mapping[str, Any], hint: str) -> None:
     """Raise UserError on every rank unless all of them have the same facts (all ranks participate).
 

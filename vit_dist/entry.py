@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from vit_dist import console, distributed, stop
-from vit_dist.errors import UserError
+from vit_dist.errors import LostProcess, UserError
 from vit_dist.redact import redact
 
 
@@ -22,8 +22,11 @@ def run(body: Callable[[], int], interrupted: str) -> int:
         return code
     except UserError as error:
         return _fail(f"error: {error}", 2)
+    except LostProcess as error:
+        return _fail(f"error: {error}; {interrupted}", 1)
     except stop.Interrupted as asked:
         if asked.agreed:  # all ranks are here, and what there was to say is said
+            stop.ignore()
             distributed.leave()
             return stop.EXIT_CODE
         return _fail(f"stopped ({asked} on rank {distributed.launched_rank()}); {interrupted}", stop.EXIT_CODE)

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that are shown as one line."""
 
 
 class UserError(Exception):
@@ -6,4 +6,11 @@ class UserError(Exception):
 
     The message is one clear line: what is wrong, where (file, key, class), and what to do. The entry point
     prints it without a traceback and leaves with exit code 2.
+    """
+
+
+class LostProcess(Exception):
+    """Another process of the job is gone, which is not this one's fault: its traceback would say nothing.
+
+    The message is one clear line; exit code 1.
     """

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from vit_dist import stop
 from vit_dist.attempts import Attempt
 from vit_dist.callbacks.watchdog import Watchdog
 from vit_dist.config import Config
-from vit_dist.distributed import Peers, first_to_fail, launched_rank
-from vit_dist.errors import UserError
+from vit_dist.distributed import Peers, first_to_fail, is_lost_connection, launched_rank
+from vit_dist.errors import LostProcess, UserError
 from vit_dist.redact import redact
 from vit_dist.run_folder import environment, write_json, write_status
 
@@ -43,48 +43,97 @@ def interruption_recorded(folder: Path, attempt: Attempt) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(folder: Path, whereabouts: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """Any rank: if the block fails here first, status.json and failure.json say so."""
+def recorded(
+    folder: Path,
+    attempt: Attempt,
+    whereabouts: Callable[[], dict[str, Any]],
+    processes: Sequence[tuple[str, int]] = (),
+) -> Iterator[None]:
+    """Any rank: if the block fails here first, status.json and failure.json say so.
+
+    `whereabouts` says what this rank was at, `committed` being the step that the run goes on from. `processes` are the
+    (host, pid) of each rank: one that was killed cannot write anything itself.
+    """
     try:
         yield
     except stop.Interrupted:
         raise
     except BaseException as error:
+        lost = is_lost_connection(error) and _describe_lost(processes)
         if first_to_fail():
-            write(folder, error, whereabouts)
+            write(folder, error, attempt, whereabouts, lost or None)
+        if lost:
+            raise LostProcess(lost) from error
         if is_out_of_memory(error):
             numbers = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory().items())
             raise UserError(f"{OUT_OF_MEMORY}. Rank {launched_rank()}: {numbers}") from error
         raise
 
 
-def watchdog(config: Config) -> Watchdog:
+def watchdog(config: Config, attempt: Attempt) -> Watchdog:
     """See there; a hang is recorded like any failure."""
 
     def failed(why: str) -> None:
         if first_to_fail():
-            write(config.output_dir, TimeoutError(why), dict)
+            write(config.output_dir, TimeoutError(why), attempt, dict)
 
     return Watchdog(config.output_dir, launched_rank(), config.hang_timeout, Peers().failed, failed, stop.request)
 
 
-def write(folder: Path, error: BaseException, whereabouts: Callable[[], dict[str, Any]]) -> None:
-    """status.json and failure.json of the process that failed first; never raises for a full disk."""
+def write(
+    folder: Path,
+    error: BaseException,
+    attempt: Attempt,
+    whereabouts: Callable[[], dict[str, Any]],
+    lost: str | None = None,
+) -> None:
+    """status.json and failure.json of the process that failed first; never raises for a full disk.
+
+    `lost`: it is another process that failed, and this one noticed.
+    """
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     facts = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "attempt": attempt.number,
         "rank": launched_rank(),
         "host": socket.gethostname(),
-        "reason": redact(reason),
+        "reason": redact(lost or reason),
         "traceback": redact("".join(traceback.format_exception(error))).splitlines(),
         **environment(),
     }
     for more in (whereabouts, lambda: {"memory": memory()}):
         with contextlib.suppress(Exception):  # after an error of CUDA nothing on the device can be read
             facts |= more()
+    if lost:
+        facts |= {"rank": None, "noticed_by_rank": launched_rank(), "last_images": []}
     with contextlib.suppress(OSError):  # a full disk may be what failed; the first error is the one to show
-        write_status(folder, "failed", reason=reason, rank=launched_rank())
+        step = facts.get("committed", attempt.begins_at)
+        write_status(folder, "failed", attempt=attempt.number, step=step, reason=lost or reason, rank=facts["rank"])
         write_json(folder / FAILURE, facts)
+
+
+def forget(folder: Path) -> None:
+    """A run that is complete has not failed."""
+    (folder / FAILURE).unlink(missing_ok=True)
+
+
+def _describe_lost(processes: Sequence[tuple[str, int]], patience: float = 2.0) -> str:
+    """Which of the job's processes on this host are gone; a dead one may be seen a moment later than its connection."""
+    host, deadline, gone = socket.gethostname(), time.monotonic() + patience, list[str]()
+    while not gone and time.monotonic() < deadline:
+        dead = [(rank, pid) for rank, (at, pid) in enumerate(processes) if at == host and _gone(pid)]
+        gone = [f"rank {rank} (process {pid} on {host})" for rank, pid in dead]
+        time.sleep(0.05)
+    who = " and ".join(gone) or "a process of another host"
+    return f"{who} is gone: killed from outside, or out of memory"
+
+
+def _gone(pid: int) -> bool:
+    """Ended, waited for by its parent or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+SEAL = "sha256_of_the_rest"
 
 
 @contextmanager
@@ -23,6 +29,14 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -48,3 +62,18 @@ def nearest_folder(folder: Path) -> Path:
     """The folder, or the first above it, that is there."""
     folder = Path(os.path.abspath(folder))
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def seal(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`facts`, which JSON can hold, with a digest that tells when any of them was changed later."""
+    facts = json.loads(json.dumps(facts))  # as they will be read
+    return {**facts, SEAL: _digest(facts)}
+
+
+def is_sealed(facts: Mapping[str, Any]) -> bool:
+    """Whether they are as `seal` left them."""
+    return facts.get(SEAL) == _digest({key: value for key, value in facts.items() if key != SEAL})
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

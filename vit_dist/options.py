@@ -133,8 +133,8 @@ class RunOptions:
     early_stopping_threshold: float = _option(0.0, "How much better it must get to count for early stopping.")
     max_time: str | None = _option(
         None,
-        "Stop by itself after this time (`3h50m`, `90s`), with a committed checkpoint and exit code 75; the same "
-        "command goes on. Choose it shorter than the job's limit by the time of a step and a save.",
+        "Stop by itself this long after the process was started (`3h50m`, `90s`), with a committed checkpoint and exit "
+        "code 75; the same command goes on. Choose it shorter than the job's limit by the time of a step and a save.",
     )
     hang_timeout: str = _option(
         "30m",

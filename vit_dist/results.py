@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from typing import Any
 
 import numpy as np
 import torch
 
-from vit_dist import console, report, run_folder, stop
+from vit_dist import console, failure, report, run_folder, stop
+from vit_dist.attempts import Attempt
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.pipeline import ImageData
 from vit_dist.distributed import on_main
-from vit_dist.files import sync_tree
+from vit_dist.errors import UserError
+from vit_dist.files import remove, sync_folder, sync_tree
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.trackers import Trackers
 from vit_dist.trainer import ExactTrainer
@@ -28,6 +29,7 @@ def conclude(
     metrics: ClassificationMetrics,
     trained: dict[str, float],
     facts: dict[str, Any],
+    attempt: int,
     trackers: Trackers | None,
 ) -> None:
     """Every rank evaluates and takes part in saving; rank 0 writes. `trackers` is rank 0's."""
@@ -43,37 +45,50 @@ def conclude(
             split, dataset = name, one
             logits, numbers = predict(trainer, one, metrics, prefix)
             results |= numbers
-    partial = config.output_dir / ".best.partial"
-    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+    folder = config.output_dir
+    partial = folder / ".best.partial"
+    on_main(lambda: remove(partial))
     trainer.export(partial)
 
     def write() -> None:
+        try:
+            write_all()
+        except OSError as error:
+            raise UserError(
+                f"results cannot be written: {error}; mend that and start the same command again"
+            ) from error
+
+    def write_all() -> None:
         report.finish_export(partial)
         report.check_export(partial, dataset, logits, trainer.args.device, computed_in(trainer))
         report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
         sync_tree(partial)  # before status.json says that it is there
-        shutil.rmtree(config.output_dir / "best", ignore_errors=True)
-        os.replace(partial, config.output_dir / "best")
-        report.write_predictions(config.output_dir / "predictions.parquet", dataset, split, data.classes, logits)
-        run_folder.write_json(config.output_dir / run_folder.RESULTS, results)
+        remove(folder / "best")
+        os.replace(partial, folder / "best")
+        sync_folder(folder)
+        report.write_predictions(folder / "predictions.parquet", dataset, split, data.classes, logits)
+        run_folder.write_json(folder / run_folder.RESULTS, results)
+        failure.forget(folder)
 
     on_main(write)
     if trackers is not None:
         _tell(config, trainer, results, trackers)
-    on_main(lambda: run_folder.write_status(config.output_dir, "complete", step=trainer.state.global_step))
-    console.say(run_folder.describe(config.output_dir))
+    on_main(lambda: run_folder.write_status(folder, "complete", attempt=attempt, step=trainer.state.global_step))
+    console.say(run_folder.describe(folder))
 
 
 def conclude_interrupted(
-    config: Config, trainer: ExactTrainer, by: stop.Interrupted, attempt: int, trackers: Trackers | None
+    config: Config, trainer: ExactTrainer, by: stop.Interrupted, attempt: Attempt, trackers: Trackers | None
 ) -> None:
     """The end of a run that was asked to stop: what a batch system reads first, then the rest (rank 0 writes)."""
     if trainer.args.process_index:
         return
-    step = trainer.writer.committed
+    step, nothing_new = trainer.writer.committed, trainer.writer.committed == (attempt.begins_at or None)
     with contextlib.suppress(OSError):  # a full disk, whose saves have said so
-        run_folder.write_status(config.output_dir, "preempted", attempt=attempt, step=step or 0, by=str(by))
+        run_folder.write_status(config.output_dir, "preempted", attempt=attempt.number, step=step or 0, by=str(by))
     saved = f"checkpoint-{step} is committed" if step else "nothing was saved yet"
+    if nothing_new and step:
+        saved = f"nothing was saved after checkpoint-{step}, where this attempt began"
     console.say(f"stopped at step {trainer.state.global_step} ({by}): {saved}; the same command goes on")
     if trackers is not None and trackers.wandb is not None and (line := trackers.wandb.close(preempted=True)):
         console.say(line)
@@ -96,6 +111,7 @@ def training_results(trainer: ExactTrainer, trained: dict[str, float]) -> dict[s
     results = {
         "epoch": trainer.state.epoch or 0.0,
         "train_steps": trainer.state.global_step,
+        "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "train_runtime": seconds,
         "train_samples": len(trainer.train_dataset),  # type: ignore[arg-type]
     }

@@ -46,6 +46,7 @@ class ResumableTrainer(Trainer):
         self._host = snapshot.Host(self.args.device)
         self._to_evaluate: dict[str, bool] | None = None  # an evaluation that was interrupted, and what follows it
         self._best_loaded = False
+        self._save_at_epoch_end = self._in_epoch = False  # see `_StopWhenAsked`
 
     @property
     def first_step(self) -> int:
@@ -64,13 +65,23 @@ class ResumableTrainer(Trainer):
         """
         output = super().train(*args, **kwargs)
         self.writer.wait()
-        if self.args.load_best_model_at_end and self.state.best_global_step and not self._best_loaded:
+        if self._best_step and not self._best_loaded:
             self._load_best_model()
         return output
 
     @property
+    def _best_step(self) -> int | None:
+        """Of the model that is loaded at the end, as far as is known; None if the last one is kept."""
+        return self.state.best_global_step if self.args.load_best_model_at_end else None
+
+    @property
     def _best_checkpoint(self) -> Path:
-        return store.named(self.writer.folder, self.state.best_global_step or 0)
+        return store.named(self.writer.folder, self._best_step or 0)
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the step at hand is the last of its epoch, and the end of the epoch is still to come."""
+        return self._in_epoch and self.state.global_step % self.steps_per_epoch == 0
 
     def stop_if_asked(self) -> None:
         """Raise stop.Interrupted on every rank if any of them was asked to stop (all ranks participate)."""
@@ -87,14 +98,14 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Copy the state and let the writer commit it (all ranks participate). Once for a step."""
-        if self.writer.latest == self.state.global_step or not self.writer.ready(self.state.best_global_step):
+        if self.writer.latest == self.state.global_step or not self.writer.ready(self._best_step):
             return
-        if self.state.best_global_step:
+        if self._best_step:
             self.state.best_model_checkpoint = str(self._best_checkpoint)
         self.writer.submit(
             snapshot.Snapshot(
                 step=self.state.global_step,
-                best_step=self.state.best_global_step,
+                best_step=self._best_step,
                 facts={**self.facts, "layout": self._layout},
                 parts=self._parts(),
             )
@@ -155,6 +166,14 @@ class ResumableTrainer(Trainer):
             self.control.should_evaluate, self.control.should_save = True, own["to_evaluate"]["save"]
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, 0, None, time.time())
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As upstream; a new best model is saved also where no save is due, or it could not be loaded at the end."""
+        found = super()._determine_best_metric(*args, **kwargs)
+        if found and self.args.load_best_model_at_end:
+            self._save_at_epoch_end = self._save_at_epoch_end or self.ends_epoch
+            self.control.should_save = self.control.should_save or not self.ends_epoch
+        return found
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; if it is interrupted, the step is committed first, with a note that it is to be evaluated."""
         try:
@@ -169,7 +188,7 @@ class ResumableTrainer(Trainer):
         self._load_weights(Path(resume_from_checkpoint), model or self.model)
 
     def _load_best_model(self) -> None:
-        self.writer.finish(self.state.best_global_step)
+        self.writer.finish(self._best_step)
         self.state.best_model_checkpoint = str(self._best_checkpoint)
         if self.is_deepspeed_enabled:
             super()._load_best_model()
@@ -240,19 +259,21 @@ class _StopWhenAsked(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
         self.by: str | None = None
-        self._due = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.by is None and self.trainer.votes.any(stop.asked() is not None):
-            self.by = self.trainer._who_asked()
+        trainer = self.trainer
+        trainer._in_epoch = True
+        if self.by is None and trainer.votes.any(stop.asked() is not None):
+            self.by = trainer._who_asked()
         due = control.should_save or self.by is not None
-        ends_epoch = state.global_step % self.trainer.steps_per_epoch == 0
-        control.should_save, self._due = due and not ends_epoch, due and ends_epoch
+        control.should_save, trainer._save_at_epoch_end = due and not trainer.ends_epoch, due and trainer.ends_epoch
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        control.should_save, self._due = control.should_save or self._due or self.by is not None, False
+        trainer = self.trainer
+        control.should_save = control.should_save or trainer._save_at_epoch_end or self.by is not None
+        trainer._in_epoch = trainer._save_at_epoch_end = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.by is not None:

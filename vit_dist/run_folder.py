@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vit_dist.checkpoint import store
 from vit_dist.files import replacing
 from vit_dist.owner import LOCK
@@ -31,6 +29,7 @@ def describe(folder: Path) -> str:
     parts += [
         f"{kind} accuracy {results[key]:.4f}" for kind in ("eval", "test") if (key := f"{kind}_accuracy") in results
     ]
+    parts += [f"stopped early at step {results['train_steps']}"] if results.get("stopped_early") else []
     count = sum(map(store.is_committed, store.checkpoints(folder)))
     parts += [f"{count} checkpoint{'s' if count != 1 else ''}"] if count else []
     return ", ".join(parts)
@@ -91,15 +90,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A run's config.yaml; empty if there is none or it cannot be read."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_new(folder: Path) -> bool:

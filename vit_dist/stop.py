@@ -62,8 +62,13 @@ def defer() -> None:
 
 
 def ignore() -> None:
-    """From here on the process is ending, and no signal is to disturb that."""
+    """From here on the process is ending, and no signal is to disturb that, or to change its exit code.
+
+    Our handlers would not do: the interpreter gives them up when it ends, and the next signal would kill it.
+    """
     _request.deferred = True
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def request(by: str) -> None:

@@ -12,6 +12,8 @@ The same command again continues the run where it stopped. --help lists all opti
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -49,7 +51,7 @@ def train(config: Config) -> None:
         if attempt.finished:
             console.say(attempt.finished)
             return
-        watchdog = held.enter_context(failure.watchdog(config))
+        watchdog = held.enter_context(failure.watchdog(config, attempt))
         with failure.interruption_recorded(config.output_dir, attempt):
             fit(config, args, batch, asked, attempt, watchdog, idle_gpus, held)
 
@@ -86,6 +88,7 @@ def fit(
     distributed.on_main(lambda: writer.require_room(weights))
     trainer = build_trainer(config, args, data, built.model, metrics, writer)
     trainer.add_callback(watchdog)
+    writer.progress = watchdog.keep_alive
     strategy.confirm(asked, trainer.accelerator)
 
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
@@ -95,15 +98,16 @@ def fit(
         distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
     attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
     trainer.facts = attempts.manifest_facts(attempt, facts, batch)
-    with failure.recorded(config.output_dir, trainer.whereabouts):
+    processes = distributed.gather((socket.gethostname(), os.getpid()))
+    with failure.recorded(config.output_dir, attempt, trainer.whereabouts, processes):
         reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
         console.say(*summary.describe(config, attempt, data, built, trainer, batch, asked, idle_gpus, reporting))
         try:
             stop.defer()
             output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
-            results.conclude(config, trainer, data, metrics, output.metrics, facts, reporting)
+            results.conclude(config, trainer, data, metrics, output.metrics, facts, attempt.number, reporting)
         except stop.Interrupted as by:
-            results.conclude_interrupted(config, trainer, by, attempt.number, reporting)
+            results.conclude_interrupted(config, trainer, by, attempt, reporting)
             raise
 
 

@@ -151,7 +151,11 @@ class ExactTrainer(ResumableTrainer):
 
     def whereabouts(self) -> dict[str, Any]:
         """What this rank was at, for the record of a failure."""
-        return {"step": self.state.global_step, "last_images": [self._name(i) for i in self._last_index.tolist()]}
+        return {
+            "step": self.state.global_step,
+            "committed": self.writer.committed or 0,
+            "last_images": [self._name(i) for i in self._last_index.tolist()],
+        }
 
     def _name(self, index: int) -> str:
         return f"{index} ({self.train_dataset.ids[index]})"  # type: ignore[union-attr]

@@ -6,14 +6,18 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from conftest import command, rows
 from lab import ARGS, Lab, committed, status
+
+from vit_dist import stop
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,51 @@ def test_a_rank_that_stands_still_is_noticed_on_all(lab: Lab) -> None:
     assert "no step for" in str(failure(folder)["reason"]) and status(folder)["state"] == "failed"
     lab.run(folder, "--logging_steps", 1, processes=2)
     assert status(folder)["state"] == "complete"
+
+
+def test_a_killed_rank_is_named_by_another(lab: Lab) -> None:
+    """It cannot say anything itself, and the traceback of the one that waited for it would mislead."""
+    folder = lab.root / "killed"
+    job = lab.start(folder, processes=2, fault="before_optim:1:7:kill9")
+    assert job.wait(60) == [1, -signal.SIGKILL], job.output
+    record, pid = failure(folder), job.pids[1]
+    said = f"rank 1 (process {pid} on {socket.gethostname()}) is gone: killed from outside, or out of memory"
+    assert (record["reason"], record["rank"], record["noticed_by_rank"]) == (said, None, 0)
+    assert [status(folder)[key] for key in ("state", "reason", "attempt", "step")] == ["failed", said, 1, 5]
+    (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert said in line and "Traceback" not in job.output
+    lab.run(folder, processes=2)
+    assert status(folder)["state"] == "complete" and not (folder / "failure.json").exists()
+
+
+def test_what_one_process_does_alone_at_the_end_is_no_hang(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vit_dist import report
+
+    check = report.check_export
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        time.sleep(6)
+        check(*args, **kwargs)
+
+    monkeypatch.setattr(report, "check_export", slow)
+    lab.run(lab.root / "slow_end", "--hang_timeout", "3s", processes=2)
+
+
+@pytest.mark.parametrize("name", ["best", ".best.partial", "all_results.json"])
+def test_what_lies_in_the_way_of_the_results(lab: Lab, name: str) -> None:
+    """Replaced, or one line and the same command once it is out of the way."""
+    folder = lab.root / f"in_the_way_{name}"
+    lab.run(folder, fault="before_optim:0:22:term", expect=stop.EXIT_CODE)
+    if name == "all_results.json":
+        (folder / name).mkdir()
+        job = lab.run(folder, expect=2)
+        (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+        assert "results cannot be written" in line and name in line
+        (folder / name).rmdir()
+    else:
+        (folder / name).write_text("")
+    lab.run(folder)
+    assert status(folder)["state"] == "complete" and (folder / "best/model.safetensors").exists()
 
 
 def test_a_stopped_process_does_not_keep_the_others(lab: Lab) -> None:

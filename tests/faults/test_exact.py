@@ -117,6 +117,50 @@ def test_killed_after_it_stopped_early(root: Path, photos: Path, dropout_checkpo
     assert fingerprint(folder) == whole
 
 
+def test_the_best_model_is_kept_where_no_save_was_due(root: Path, photos: Path, dropout_checkpoint: Path) -> None:
+    """Evaluations every 2 steps, saves every 4, and step 6 is the best; 10, the end of an epoch, is the next best."""
+    by_step = {2: 5.0, 4: 4.0, 6: 1.0, 8: 3.0, 10: 2.0, 12: 6.0, 14: 7.0, 16: 8.0}
+    flags = ["--max_steps", 16, "--eval_steps", 2, "--save_steps", 4, "--save_total_limit", 1]
+    lab = Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS, *flags])
+    whole, again, fake = root / "unsaved_best_whole", root / "unsaved_best", json.dumps(by_step)
+    lab.run(whole, FAKE_LOSS=fake)
+    assert fingerprint(whole)["results"]["best_step"] == 6
+    lab.run(again, fault="after_commit:0:3:kill9", expect=None, FAKE_LOSS=fake)
+    assert committed(again)[-1] == 6, "2 and 4 were the best before"
+    lab.run(again, fault="before_optim:0:5:term", expect=stop.EXIT_CODE, FAKE_LOSS=fake)
+    assert committed(again) == [6, 11]
+    lab.run(again, FAKE_LOSS=fake)
+    assert fingerprint(whole) == fingerprint(again)
+
+
+def test_no_best_model_is_missed_where_none_is_loaded(root: Path, photos: Path, dropout_checkpoint: Path) -> None:
+    flags = ["--load_best_model_at_end", "false", "--eval_steps", 3, "--max_steps", 20]
+    lab = Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS, *flags])
+    lab.run(root / "no_best_whole")
+    lab.run(root / "no_best", fault="before_optim:0:12:term", expect=stop.EXIT_CODE)
+    assert committed(root / "no_best")[-1] == 12
+    lab.run(root / "no_best")
+    assert fingerprint(root / "no_best_whole") == fingerprint(root / "no_best")
+
+
+def test_lost_rows_come_back(root: Path, photos: Path, checkpoint: Path) -> None:
+    """A damaged metrics.jsonl stops nothing; a checkpoint knows the rows up to it."""
+    lab = Lab(root, ["--data", photos, "--model", checkpoint, *ARGS])
+    whole, folder = root / "rows_whole", root / "rows"
+    lab.run(whole)
+    lab.run(folder, fault="before_optim:0:17:term", expect=stop.EXIT_CODE)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    del lines[4:]
+    lines[1:3] = ["{}\n", "[5]\n", '{"stdp": 3, "loss": 1.0}\n', "\0\0\n"]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    lab.run(folder)
+    found = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if '"step"' in line
+             for row in [json.loads(line)]]  # fmt: skip
+    for name, wanted in (("loss", losses(whole)), ("eval_loss", {})):
+        wanted = wanted or {row["step"]: row["eval_loss"] for row in rows(whole) if "eval_loss" in row}
+        assert {row["step"]: row[name] for row in found if name in row} == wanted
+
+
 def test_an_allowed_change_takes_effect(root: Path, photos: Path, checkpoint: Path) -> None:
     """The checkpoint's rate, decay and intervals do not come back over the new settings."""
     lab = Lab(root, ["--data", photos, "--model", checkpoint, *ARGS, "--lr_scheduler_type", "constant"])

@@ -33,6 +33,7 @@ from vit_dist.checkpoint.load import load_model, load_optimizer
 from vit_dist.data.decode import BadImage, DecodeRules, decode
 from vit_dist.data.source import load_source
 from vit_dist.errors import UserError
+from vit_dist.files import SEAL, seal
 from vit_dist.options import DataOptions
 from vit_dist.redact import redact
 
@@ -181,7 +182,8 @@ def forge(checkpoint: Path, *names: str, **facts: Any) -> None:
     """A manifest that fits what lies there now."""
     manifest = store.read_manifest(checkpoint)
     manifest["files"] |= {name: store.settle(checkpoint / name) for name in names}
-    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, **facts}))
+    del manifest[SEAL]
+    (checkpoint / "manifest.json").write_text(json.dumps(seal({**manifest, **facts})))
 
 
 def one_error(job: Job) -> str:
@@ -316,7 +318,9 @@ def test_a_checkpoint_that_names_what_is_not_in_it_is_refused(tmp_path: Path, op
         _link(checkpoint / name, outside / name)
     else:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": {"state": facts, name: facts}}))
+        del manifest[SEAL]
+        forged = seal({**manifest, "files": {"state": facts, name: facts}})
+        (checkpoint / "manifest.json").write_text(json.dumps(forged))
     opened.clear()
     assert (store.damage(checkpoint) or "").startswith(name.split("/file")[0] if "part" in name else name)
     assert opened or name == "manifest.json"
@@ -328,7 +332,7 @@ def test_a_checkpoint_that_names_what_is_not_in_it_is_refused(tmp_path: Path, op
 )
 def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, files: Any) -> None:
     checkpoint = store.commit(store.begin(tmp_path, 5), {}, {"step": 5})
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": store.FORMAT, "step": 5, "files": files}))
+    (checkpoint / "manifest.json").write_text(json.dumps(seal({"format": store.FORMAT, "step": 5, "files": files})))
     assert store.damage(checkpoint) == "manifest.json cannot be read"
 
 

@@ -121,6 +121,25 @@ def test_stopped_in_the_last_evaluation_without_a_checkpoint(lab: Lab) -> None:
     assert status(lab.root / "unsaved")["state"] == "complete", job.output
 
 
+def test_a_second_ctrl_c_changes_nothing(lab: Lab) -> None:
+    """Until the very end of the process, whose interpreter gives handlers up."""
+    folder = lab.root / "ctrl_c"
+    process = subprocess.Popen(
+        command("python", 1, *lab.args, "--per_device_train_batch_size", 8, "--output_dir", folder,
+                "--max_steps", 100_000, "--eval_strategy", "no"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not rows(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    output = process.communicate()[0]
+    assert process.returncode == stop.EXIT_CODE, output
+    assert "Traceback" not in output and status(folder)["state"] == "preempted"
+
+
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0, 2.0, 3.0, 5.0] if FULL else [0.5, 2.0])
 def test_at_any_time_also_before_the_first_step(lab: Lab, whole: dict[int, Any], seconds: float) -> None:
     folder = lab.root / f"after_{seconds}"

@@ -28,8 +28,17 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = {(row["step"], _kind(row)) for row in read_metrics(path)}
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         self._warned = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Rows up to the checkpoint that the file has lost."""
+        for row in state.log_history:
+            logs = {name: value for name, value in row.items() if name != "step"}
+            self.on_log(args, TrainerState(global_step=int(row["step"])), control, logs)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -41,11 +50,15 @@ class MetricsFile(TrainerCallback):
         row = {"step": step, **{name: _number(value) for name, value in logs.items()}}
         if (step, _kind(row)) not in self._seen:
             self._seen.add((step, _kind(row)))
-            self._file.write(json.dumps(row) + "\n")
-            self._to_disk(self._file.flush)
+            self._unwritten += json.dumps(row).encode() + b"\n"
+            self._to_disk(self._write)
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def _to_disk(self, act: Callable[[], None]) -> None:
-        """What a full disk does not take stays in the buffer, and is written with the next row."""
+        """What a full disk does not take is kept, and written with the next row."""
         try:
             act()
         except OSError as error:
@@ -54,13 +67,13 @@ class MetricsFile(TrainerCallback):
             self._warned = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._to_disk(
-            lambda: os.fsync(self._file.fileno())
-        )  # rows up to a checkpoint are not logged again after a power cut
+        """Rows up to a checkpoint are not logged again after a power cut."""
+        self._to_disk(self._write)
+        self._to_disk(lambda: os.fsync(self._file.fileno()))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short by a crash is taken off the file, garbage is passed over."""
+    """The rows of a metrics file; a last line cut short by a crash is taken off it, what is no row is passed over."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -70,7 +83,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in data[:whole].splitlines():
         with contextlib.suppress(ValueError):  # blocks of zeros after a power cut
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 

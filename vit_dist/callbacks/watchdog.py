@@ -24,8 +24,9 @@ class Watchdog(TrainerCallback):
     - the launcher is gone: workers of torchrun have sessions of their own and would go on without it. `ask_to_stop` is
       called first, so that the step at hand is committed if that takes no longer than `GRACE`;
     - another process has failed, and this one waits for it (the launcher may be on another node);
-    - no step was made for `timeout` seconds (0: for ever). Every rank then leaves its stacks in `folder`, and `failed`
-      is called on each before it goes. PyTorch's own time-out of collectives does not work on CPUs.
+    - no step was made, no batch evaluated and no part of a checkpoint written for `timeout` seconds (0: for ever);
+      what one process does alone at the end of a run is not watched. Every rank then leaves its stacks in `folder`,
+      and `failed` is called on each before it goes. PyTorch's own time-out of collectives does not work on CPUs.
 
     The next attempt goes on from the last committed checkpoint; nothing is saved here.
     """
@@ -58,6 +59,17 @@ class Watchdog(TrainerCallback):
         """This process gets on. Called several times in a step."""
         self._beat = time.monotonic()
 
+    def rest(self, *args: Any, **kwargs: Any) -> None:
+        """Until the next `beat`, nothing is expected of this process."""
+        self._beat = None
+        faulthandler.cancel_dump_traceback_later()
+
+    def keep_alive(self) -> None:
+        """As `beat`, where something is expected; from any thread."""
+        if self._beat is not None:
+            self.beat()
+
+    on_train_end = on_predict = rest
     on_train_begin = on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_evaluate = on_save = (
         on_log
     ) = beat
@@ -65,8 +77,8 @@ class Watchdog(TrainerCallback):
     def _watch(self) -> None:
         failed_since, orphan_since = None, None
         while not self._over.wait(PERIOD):
-            now = time.monotonic()
-            if self.timeout and self._beat is not None:
+            now, beat = time.monotonic(), self._beat
+            if self.timeout and beat is not None:
                 # Python's own watchdog needs no lock of the interpreter: it ends a process that holds it for ever, and
                 # so this thread, too. Making it costs a thread, which is why `beat` does not.
                 faulthandler.dump_traceback_later(self.timeout + 2 * GRACE, exit=True)
@@ -75,7 +87,7 @@ class Watchdog(TrainerCallback):
                 self._ask_to_stop("the launcher's end")
                 if now - orphan_since > GRACE:
                     self._leave("the launcher is gone")
-            idle = now - self._beat if self.timeout and self._beat is not None else 0.0
+            idle = now - beat if self.timeout and beat is not None else 0.0
             if self.timeout and idle > self.timeout:
                 self._dump()
                 with contextlib.suppress(Exception):

@@ -11,7 +11,6 @@ zero          global_step<N>/*_optim_states.pt, a file per rank  zero1, zero2, z
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,6 @@ from vit_dist.checkpoint.store import read_manifest
 MODEL, OPTIMIZER = "pytorch_model_fsdp", "optimizer"  # upstream's names for FSDP
 STATE = "trainer_state.json"
 LAYOUTS = ("plain", "fsdp_full", "fsdp_sharded", "zero")
-
-
-def trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state, empty if it cannot be read."""
-    try:
-        found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def layout(checkpoint: Path) -> str:

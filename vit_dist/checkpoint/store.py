@@ -15,13 +15,14 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_dist.files import sync_folder
+from vit_dist.files import is_sealed, seal, sync_folder
 
 MANIFEST = "manifest.json"
 STAGING, TRASH = ".staging", ".trash"
@@ -33,8 +34,8 @@ os.umask(_UMASK)
 
 def checkpoints(folder: Path) -> Iterator[Path]:
     """A run's checkpoint folders, newest step first, whole or not."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    yield from sorted((p for p, step in steps.items() if step.isdigit()), key=step_of, reverse=True)
+    found = (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-(0|[1-9][0-9]*)", path.name))
+    yield from sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -65,11 +66,14 @@ def make_folder(folder: Path) -> None:
             path.mkdir(mode=0o775, exist_ok=True)
 
 
-def settle(path: Path) -> dict[str, Any]:
-    """Bring one written file to the disk; its size and digest, for the manifest. By the rank that wrote it."""
+def settle(path: Path, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Bring one written file to the disk; its size and digest, for the manifest. By the rank that wrote it.
+
+    `progress` is called as the file is read.
+    """
     os.chmod(path, 0o664 & ~_UMASK)  # safetensors makes its files readable for their owner only
     with path.open("rb") as file:
-        digest = _digest(file)
+        digest = _digest(file, progress)
         os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
@@ -85,7 +89,7 @@ def commit(staged: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]
         raise OSError(f"{min(unlisted)} is not what was to be written")
     manifest = staged / MANIFEST
     with manifest.open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **facts, "files": files}, file, indent=1)
+        json.dump(seal({"format": FORMAT, **facts, "files": files}), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     for path in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
@@ -157,7 +161,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest; empty if there is none or it cannot be read."""
     try:
         found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        whole = all(facts.keys() >= {"bytes", "sha256"} for facts in found["files"].values())
+        whole = is_sealed(found) and all(facts.keys() >= {"bytes", "sha256"} for facts in found["files"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     return found if whole else {}
@@ -214,8 +218,9 @@ def _files(folder: Path) -> Iterator[str]:
     return (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
-def _digest(file: Any) -> str:
+def _digest(file: Any, progress: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 22):
         digest.update(block)
+        progress()
     return digest.hexdigest()

@@ -44,6 +44,7 @@ class CheckpointWriter:
         self.committed = committed  # the newest step on the disk; the same on every rank whenever nothing is in flight
         self.latest = committed  # the newest step that was to be written
         self.problem: str | None = None  # why the latest one was not committed
+        self.progress: Callable[[], None] = lambda: None  # called whenever some more is written
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
         self._unsaved: Snapshot | None = None
@@ -124,6 +125,7 @@ class CheckpointWriter:
             value = act()
         except (Exception, CheckpointException) as error:  # each library has its own for a full disk
             problem = describe(error)
+        self.progress()
         reports: list[Any] = self.channel.gather((value, problem))
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
         return [value for value, _ in reports], problems[0] if problems else None
@@ -147,7 +149,7 @@ class CheckpointWriter:
         # What all ranks write together comes first: a rank that fails by itself must not keep them waiting there.
         for part in sorted(snapshot.parts, key=lambda part: not part.collective):
             for path in part.write(staged, self.channel.group):
-                written[str(path.relative_to(staged))] = store.settle(path)
+                written[str(path.relative_to(staged))] = store.settle(path, self.progress)
         return written
 
     def _commit(self, staged: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
