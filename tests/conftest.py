@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from PIL import Image
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
 for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN", "WORLD_SIZE", "RANK"):
     os.environ.pop(name, None)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background of a script
 
 CLASSES = ("cat", "dog", "emu")
 

@@ -67,7 +67,8 @@ def install(rank: int, text: str | None = None) -> None:
 
 
 def witness(rank: int) -> None:
-    """Write down what is trained on (RECORD_IMAGES, a folder) and what is decoded (RECORD_DECODED, a file)."""
+    """Write down what is trained on (RECORD_IMAGES, a folder) and what is decoded (RECORD_DECODED, a file); make a
+    number NaN (POISON); say how good each step's model is (FAKE_LOSS)."""
     if folder := os.environ.get("RECORD_IMAGES"):
         inner = trainer.ExactTrainer.compute_loss
         micro: dict[int, int] = {}
@@ -80,6 +81,20 @@ def witness(rank: int) -> None:
             return inner(self, model, inputs, *args, **kwargs)
 
         trainer.ExactTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    if poison := os.environ.get("POISON"):  # gradient or weight:rank:step
+        kind, on, at = poison.split(":")
+        training_step = trainer.ExactTrainer.training_step
+
+        def poisoned(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            if (rank, self.state.global_step + 1) == (int(on), int(at)):
+                parameter = next(p for p in model.parameters() if p.requires_grad)
+                if kind == "weight":
+                    parameter.data.view(-1)[0] = float("nan")
+                else:
+                    parameter.register_hook(lambda gradient: gradient * float("nan"))
+            return training_step(self, model, *args, **kwargs)
+
+        trainer.ExactTrainer.training_step = poisoned  # type: ignore[method-assign]
     if losses := os.environ.get("FAKE_LOSS"):  # by step, so that a test says which model is the best
         metrics = trainer.ExactTrainer._metrics_of_every_image
         by_step = {int(step): value for step, value in json.loads(losses).items()}

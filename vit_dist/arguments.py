@@ -35,6 +35,8 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
     settings["use_cpu"] = settings["use_cpu"] or not torch.accelerator.is_available()
     if settings["dataloader_num_workers"] is None:
         settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
+    if settings["dataloader_persistent_workers"] is None:
+        settings["dataloader_persistent_workers"] = settings["dataloader_num_workers"] > 0
     settings["dataloader_drop_last"] = False  # our sampler's business; upstream would drop evaluation images too
     settings["report_to"] = [name for name in reporters(config) if name != "wandb"] or "none"
     settings["save_total_limit"] = None  # our writer's business, which deletes after a commit and not before

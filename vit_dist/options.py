@@ -173,6 +173,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "log_level_replica": "error",
     "report_to": None,  # None: Weights & Biases if the user is logged in
     "dataloader_num_workers": None,  # None: from the cores this process may use
+    "dataloader_persistent_workers": None,  # None: if there are any; not forked anew in each epoch, beside our threads
 }
 
 SECRET_KEYS = (

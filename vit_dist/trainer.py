@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,9 @@ class ExactTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by Accelerate: the sampler already yields this rank's share."""
         args = self.args
-        return DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
+        return _ForkingLoader(
+            self.writer.wait,
+            self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -135,6 +137,8 @@ class ExactTrainer(ResumableTrainer):
         )
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        if self.args.dataloader_num_workers and not getattr(self, "_eval_dataloaders", None):
+            self.writer.wait()  # see `_ForkingLoader`
         return _shielded(super().get_eval_dataloader(*args, **kwargs))
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
@@ -235,6 +239,22 @@ class ExactTrainer(ResumableTrainer):
                 "though the loss is finite. Lower --learning_rate or --max_grad_norm"
             )
         return norm
+
+
+class _ForkingLoader(DataLoader):
+    """Calls `settle` before it forks its processes: a child has the locks of threads that it does not have, held for
+    ever. Seen once in a few hundred runs with a checkpoint being written by a thread. With persistent workers it forks
+    once.
+    """
+
+    def __init__(self, settle: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settle = settle
+
+    def __iter__(self) -> Any:
+        if self.num_workers and self._iterator is None:
+            self._settle()
+        return super().__iter__()
 
 
 def _shielded(loader: Any) -> DataLoader:
