@@ -77,7 +77,7 @@ def test_a_rank_that_stands_still_is_noticed_on_all(lab: Lab) -> None:
 def test_a_killed_rank_is_named_by_another(lab: Lab) -> None:
     """It cannot say anything itself, and the traceback of the one that waited for it would mislead."""
     folder = lab.root / "killed"
-    job = lab.start(folder, processes=2, fault="before_optim:1:7:kill9")
+    job = lab.start(folder, processes=2, fault="before_optim:1:7:kill9,before_optim:1:7:sleep:1")
     assert job.wait(60) == [1, -signal.SIGKILL], job.output
     record, pid = failure(folder), job.pids[1]
     said = f"rank 1 (process {pid} on {socket.gethostname()}) is gone: killed from outside, or out of memory"
@@ -135,7 +135,7 @@ def test_what_lies_in_the_way_of_the_results(lab: Lab, name: str) -> None:
 def test_a_stopped_process_does_not_keep_the_others(lab: Lab) -> None:
     """SIGSTOP: it cannot even notice. The others write their stacks, and the launcher kills it."""
     folder = lab.root / "stopped"
-    job = lab.start(folder, "--hang_timeout", "3s", processes=2, fault="before_optim:1:7:stop")
+    job = lab.start(folder, "--hang_timeout", "3s", processes=2, fault="before_optim:1:7:stop,before_optim:1:7:sleep:1")
     codes = job.wait(60)
     assert codes == [1, -signal.SIGKILL], job.output
     assert (folder / "stacks-rank-0.txt").exists() and committed(folder) == [5]
