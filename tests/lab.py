@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import tqdm
 from conftest import CONFIGS
 from points import install, witness
 
@@ -35,6 +37,11 @@ for name in ("deepspeed", "wandb", "evaluate", "sklearn.metrics", "pyarrow.parqu
              "transformers.models.vit.modeling_vit", "transformers.models.vit.image_processing_pil_vit"):  # fmt: skip
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+
+# tqdm's lock is a semaphore that forked processes share: one that is killed with a bar on the screen keeps it for ever,
+# and every later run would wait for it. Its monitor is a thread, which might hold the lock in a fork.
+tqdm.tqdm.monitor_interval = 0
+tqdm.tqdm.set_lock(threading.RLock())
 
 ARGS = [
     "--max_steps", 30, "--learning_rate", "3e-3", "--logging_steps", 3, "--save_steps", 5, "--save_total_limit", 2,
