@@ -243,8 +243,7 @@ class ExactTrainer(ResumableTrainer):
 
 class _ForkingLoader(DataLoader):
     """Calls `settle` before it forks its processes: a child has the locks of threads that it does not have, held for
-    ever. Seen once in a few hundred runs with a checkpoint being written by a thread. With persistent workers it forks
-    once.
+    ever, and a thread writes checkpoints. With persistent workers it forks once.
     """
 
     def __init__(self, settle: Callable[[], None], *args: Any, **kwargs: Any) -> None:
