@@ -167,6 +167,25 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "all_results.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def lab(
+    request: pytest.FixtureRequest, photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A `lab.Lab` of the module's own, for runs that something happens to."""
+    from lab import ARGS, Lab
+
+    root = tmp_path_factory.mktemp(request.module.__name__.removeprefix("test_"))
+    return Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS])
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Any) -> dict[int, Any]:
+    """What must be equal to the bit, of a run on one process and on two that nothing happened to."""
+    from lab import undisturbed
+
+    return undisturbed(lab)
+
+
 STEPS = 25  # of 8 images; 5 to an epoch of 37 images, the last filled up
 TOPOLOGIES = {  # launcher, processes, per-device batch, accumulation
     "one": ("python", 1, 8, 1),

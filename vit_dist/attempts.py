@@ -48,7 +48,6 @@ FREE = {
     "max_time", "hang_timeout", "save_keep_every",
 }  # fmt: skip
 
-
 PINNED = ("data", "global_batch_size", "model_revision")  # facts that must not change between two attempts
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")  # settings of the batch
 FIXED = (  # a checkpoint's state would not fit: shapes, or what was best so far
@@ -148,8 +147,7 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
             "--fresh to start over"
         )
     if not changed:  # else it is a new run
-        known = store.read_manifest(Path(attempt.checkpoint)).get("run") if attempt.checkpoint else None
-        attempt.wandb_id = record.get("wandb_id") or known or attempt.wandb_id
+        attempt.wandb_id = record.get("wandb_id") or attempt.wandb_id
     if complete and attempt.changes != record.get("changes", []):
         raise UserError(
             f"{summary}: a complete run cannot be changed; train on from it in a new one: --model {folder / 'best'} "
@@ -300,16 +298,13 @@ def _fact_message(folder: Path, key: str, before: Any, now: Any) -> str:
     )
 
 
-def manifest_facts(attempt: Attempt, facts: dict[str, Any], batch: Batch) -> dict[str, Any]:
-    """What a checkpoint's manifest states about its run."""
+def manifest_facts(attempt: Attempt, batch: Batch) -> dict[str, Any]:
+    """What a checkpoint's manifest states about its run: what is decided by, and the whole record."""
     return {
         "run": attempt.wandb_id,
-        "attempt": attempt.number,
-        "strategy": facts["strategy"],
-        "world_size": facts["world_size"],
+        "strategy": attempt.record["strategy"],
+        "world_size": attempt.record["world_size"],
         "batch": {**dataclasses.asdict(batch), "total": batch.total},
-        "data": facts["data"]["fingerprint"],
-        "classes": facts["data"]["classes"],
         "record": attempt.record,
     }
 

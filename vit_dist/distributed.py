@@ -45,12 +45,12 @@ def on_main(make: Callable[[], T]) -> T:
     return box[0]
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value, in rank order (all ranks participate)."""
+def gather(value: T, group: Any = None) -> list[T]:
+    """Every rank's value, in rank order (all ranks participate). `group` is another process group than training's."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -66,11 +66,7 @@ class Channel:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order (all ranks participate)."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return [value] if self.group is None else gather(value, self.group)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank (all ranks participate; no device is involved)."""

@@ -48,14 +48,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_folders(folder: Path) -> None:
+    """The same for the folders in it, itself last."""
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        sync_folder(path)
+
+
 def sync_tree(folder: Path) -> None:
     """Bring all that is in a folder to the disk, then its names."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        sync_folder(path)
+    sync_folders(folder)
 
 
 def nearest_folder(folder: Path) -> Path:

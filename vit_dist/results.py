@@ -29,7 +29,7 @@ def conclude(
     metrics: ClassificationMetrics,
     trained: dict[str, float],
     facts: dict[str, Any],
-    attempt: int,
+    attempt: Attempt,
     trackers: Trackers | None,
 ) -> None:
     """Every rank evaluates and takes part in saving; rank 0 writes. `trackers` is rank 0's."""
@@ -52,28 +52,25 @@ def conclude(
 
     def write() -> None:
         try:
-            write_all()
+            report.finish_export(partial)
+            report.check_export(partial, dataset, logits, trainer.args.device, computed_in(trainer))
+            report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
+            sync_tree(partial)  # before status.json says that it is there
+            remove(folder / "best")
+            os.replace(partial, folder / "best")
+            sync_folder(folder)
+            report.write_predictions(folder / "predictions.parquet", dataset, split, data.classes, logits)
+            run_folder.write_json(folder / run_folder.RESULTS, results)
+            failure.forget(folder)
         except OSError as error:
             raise UserError(
                 f"results cannot be written: {error}; mend that and start the same command again"
             ) from error
 
-    def write_all() -> None:
-        report.finish_export(partial)
-        report.check_export(partial, dataset, logits, trainer.args.device, computed_in(trainer))
-        report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
-        sync_tree(partial)  # before status.json says that it is there
-        remove(folder / "best")
-        os.replace(partial, folder / "best")
-        sync_folder(folder)
-        report.write_predictions(folder / "predictions.parquet", dataset, split, data.classes, logits)
-        run_folder.write_json(folder / run_folder.RESULTS, results)
-        failure.forget(folder)
-
     on_main(write)
     if trackers is not None:
         _tell(config, trainer, results, trackers)
-    on_main(lambda: run_folder.write_status(folder, "complete", attempt=attempt, step=trainer.state.global_step))
+    on_main(lambda: run_folder.write_status(folder, "complete", attempt=attempt.number, step=trainer.state.global_step))
     console.say(run_folder.describe(folder))
 
 
@@ -83,12 +80,15 @@ def conclude_interrupted(
     """The end of a run that was asked to stop: what a batch system reads first, then the rest (rank 0 writes)."""
     if trainer.args.process_index:
         return
-    step, nothing_new = trainer.writer.committed, trainer.writer.committed == (attempt.begins_at or None)
+    step = trainer.writer.committed or 0
     with contextlib.suppress(OSError):  # a full disk, whose saves have said so
-        run_folder.write_status(config.output_dir, "preempted", attempt=attempt.number, step=step or 0, by=str(by))
-    saved = f"checkpoint-{step} is committed" if step else "nothing was saved yet"
-    if nothing_new and step:
+        run_folder.write_status(config.output_dir, "preempted", attempt=attempt.number, step=step, by=str(by))
+    if not step:
+        saved = "nothing was saved yet"
+    elif step == attempt.begins_at:
         saved = f"nothing was saved after checkpoint-{step}, where this attempt began"
+    else:
+        saved = f"checkpoint-{step} is committed"
     console.say(f"stopped at step {trainer.state.global_step} ({by}): {saved}; the same command goes on")
     if trackers is not None and trackers.wandb is not None and (line := trackers.wandb.close(preempted=True)):
         console.say(line)

@@ -92,12 +92,14 @@ def fit(
     strategy.confirm(asked, trainer.accelerator)
 
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    facts = attempts.facts(data.record, built.revision, args.world_size, batch.total, asked, device)
+    facts = distributed.on_main(
+        lambda: attempts.facts(data.record, built.revision, args.world_size, batch.total, asked, device)
+    )
     if attempt.replaces:
         distributed.on_main(lambda: attempts.move_aside(config, attempt))
         distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
     attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
-    trainer.facts = attempts.manifest_facts(attempt, facts, batch)
+    trainer.facts = attempts.manifest_facts(attempt, batch)
     processes = distributed.gather((socket.gethostname(), os.getpid()))
     with failure.recorded(config.output_dir, attempt, trainer.whereabouts, processes):
         reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
@@ -105,7 +107,7 @@ def fit(
         try:
             stop.defer()
             output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
-            results.conclude(config, trainer, data, metrics, output.metrics, facts, attempt.number, reporting)
+            results.conclude(config, trainer, data, metrics, output.metrics, facts, attempt, reporting)
         except stop.Interrupted as by:
             results.conclude_interrupted(config, trainer, by, attempt, reporting)
             raise

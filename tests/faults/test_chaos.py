@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-from lab import ARGS, Lab, committed, fingerprint, status, undisturbed
+from lab import Lab, committed, fingerprint, status
 from points import POINTS
 from test_disk import DAMAGE
 
@@ -53,9 +55,7 @@ def draw(chance: random.Random, processes: int) -> tuple[str, str]:
 
 @pytest.mark.skipif(not MINUTES, reason="takes its time: make test-faults")
 @pytest.mark.timeout(MINUTES * 60 + 600)
-def test_chaos(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    lab = Lab(tmp_path_factory.mktemp("chaos"), ["--data", photos, "--model", dropout_checkpoint, *ARGS])
-    whole = undisturbed(lab)
+def test_chaos(lab: Lab, whole: dict[int, Any]) -> None:
     chance, tried, happened = random.Random(SEED), Counter[str](), Counter[str]()
     begun, runs = time.monotonic(), 0
     while time.monotonic() - begun < MINUTES * 60:
@@ -85,8 +85,8 @@ def test_chaos(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.
             f"seed {SEED}, run {runs}: {(folder.with_suffix('.log')).read_text()}"
         )
     lines = [f"| {kind} | {tried[kind]} | {happened[kind]} |" for kind in sorted(tried)]
-    print(f"\nseed {SEED}, {runs} runs, {sum(happened.values())} faults, {(time.monotonic() - begun) / 60:.0f} min")  # noqa: T201
-    print("\n".join(["| fault | drawn | happened |", "|---|---|---|", *lines]))  # noqa: T201
+    head = f"seed {SEED}, {runs} runs, {sum(happened.values())} faults, {(time.monotonic() - begun) / 60:.0f} min"
+    sys.stdout.write("\n".join(["", head, "| fault | drawn | happened |", "|---|---|---|", *lines, ""]))
 
 
 def damage(chance: random.Random, folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import ARGS, Lab, committed, fingerprint, status, undisturbed
+from lab import Lab, committed, fingerprint, status
 
 from vit_dist import attempts, stop
 from vit_dist.checkpoint import store
@@ -23,16 +23,6 @@ from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import load_config
 from vit_dist.distributed import Channel
 from vit_dist.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def lab(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("disk"), ["--data", photos, "--model", dropout_checkpoint, *ARGS])
-
-
-@pytest.fixture(scope="module")
-def whole(lab: Lab) -> dict[int, Any]:
-    return undisturbed(lab)
 
 
 @pytest.mark.parametrize(

@@ -7,26 +7,15 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import ARGS, Lab, committed, fingerprint, undisturbed
+from lab import Lab, committed, fingerprint
 
 from vit_dist.checkpoint import store
 
 FULL = "FAULTS" in os.environ  # `make test-faults`
 SEED = int(os.environ.get("FAULT_SEED", "0"))
-
-
-@pytest.fixture(scope="module")
-def lab(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("kills"), ["--data", photos, "--model", dropout_checkpoint, *ARGS])
-
-
-@pytest.fixture(scope="module")
-def whole(lab: Lab) -> dict[int, Any]:
-    return undisturbed(lab)
 
 
 RANK_0 = ("before_stage", "after_weights", "after_optimizer", "after_write", "before_manifest", "before_rename",

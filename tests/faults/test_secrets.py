@@ -22,7 +22,7 @@ import points
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lab import ARGS, Job, Lab, committed, fingerprint, status
+from lab import Job, Lab, committed, fingerprint, status
 from PIL import Image
 from test_wandb import FakeApi
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -36,11 +36,6 @@ from vit_dist.errors import UserError
 from vit_dist.files import SEAL, seal
 from vit_dist.options import DataOptions
 from vit_dist.redact import redact
-
-
-@pytest.fixture(scope="module")
-def lab(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("secrets"), ["--data", photos, "--model", dropout_checkpoint, *ARGS])
 
 
 @pytest.fixture(scope="module")

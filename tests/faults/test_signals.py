@@ -13,21 +13,11 @@ from typing import Any
 import psutil
 import pytest
 from conftest import CONFIGS, command, rows, run
-from lab import ARGS, Job, Lab, committed, fingerprint, status, undisturbed
+from lab import Job, Lab, committed, fingerprint, status
 
 from vit_dist import stop
 
 FULL = "FAULTS" in os.environ  # `make test-faults`
-
-
-@pytest.fixture(scope="module")
-def lab(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("signals"), ["--data", photos, "--model", dropout_checkpoint, *ARGS])
-
-
-@pytest.fixture(scope="module")
-def whole(lab: Lab) -> dict[int, Any]:
-    return undisturbed(lab)
 
 
 def at_step(folder: Path, step: int, job: Job) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import losses
-from lab import ARGS, Lab, committed, fingerprint, status
+from lab import Lab, committed, fingerprint, status
 from test_wandb import KEY, FakeApi
 from wandb_reader import read_run
 
@@ -27,11 +27,6 @@ PROMISED = 60  # seconds from the last row to the exit
 DEFAULTS = dict(wandb.WandbCallback.__init__.__kwdefaults__)
 SHORT = {"init_timeout": 3.0, "finish_timeout": 3.0}  # for tests; see test_the_defaults_keep_the_promise
 WITH_WANDB = ("--report_to", "wandb")
-
-
-@pytest.fixture(scope="module")
-def lab(photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("wandb"), ["--data", photos, "--model", dropout_checkpoint, *ARGS])
 
 
 @pytest.fixture(scope="module")

@@ -37,16 +37,16 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Rows up to the checkpoint that the file has lost."""
         for row in state.log_history:
-            logs = {name: value for name, value in row.items() if name != "step"}
-            self.on_log(args, TrainerState(global_step=int(row["step"])), control, logs)
+            self.append(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if "train_runtime" not in logs:  # the final summary, which all_results.json has
-            self.append(state.global_step, logs)
+        self.append(state.global_step, logs)
 
     def append(self, step: int, logs: dict[str, Any]) -> None:
+        if "train_runtime" in logs:  # the final summary, which all_results.json has
+            return
         row = {"step": step, **{name: _number(value) for name, value in logs.items()}}
         if (step, _kind(row)) not in self._seen:
             self._seen.add((step, _kind(row)))

@@ -36,7 +36,7 @@ class LastStep(TrainerCallback):
     """Every rank: the last step closes the logging window, and a run that goes on after it trains no further.
 
     Upstream looks at `max_steps` only after a step, so that a run that ends within an epoch would get one more step at
-    every restart; `ExactTrainer.get_batch_samples` holds back the batch. The same after early stopping.
+    every restart; `ResumableTrainer.get_batch_samples` holds back the batch. The same after early stopping.
     """
 
     def __init__(self) -> None:

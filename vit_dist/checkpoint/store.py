@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_dist.files import is_sealed, seal, sync_folder
+from vit_dist.files import is_sealed, seal, sync_folder, sync_folders
 
 MANIFEST = "manifest.json"
 STAGING, TRASH = ".staging", ".trash"
@@ -92,8 +92,7 @@ def commit(staged: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]
         json.dump(seal({"format": FORMAT, **facts, "files": files}), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    for path in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
-        sync_folder(path)
+    sync_folders(staged)
     final = staged.parents[1] / staged.name
     if final.exists():
         discard(final)
