@@ -7,16 +7,11 @@
 #   NPROC_PER_NODE  processes on this node                        (visible GPUs)
 #   MASTER_ADDR     name or address of the node of rank 0         (this one; to be set if NNODES > 1)
 #   MASTER_PORT     a port that is free there                     (any; 29500 if NNODES > 1)
+#   GPUS_PER_NODE   GPUs that were promised on this node          (not checked)
+#   VIT_DIST_CPUS   CPU cores of this node that the job may use   (all that this process may use)
 
-fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
-note() { printf 'note: %s\n' "$*" >&2; }
-
-ROOT=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
-if [[ -z ${PYTHON:-} ]]; then
-  PYTHON=python3
-  if [[ -z ${VIRTUAL_ENV:-} && -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; fi
-fi
-command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON; set PYTHON to the interpreter that has vit_dist"
+# shellcheck source=launch/python.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/python.sh"
 
 # The verb. Sourced without arguments, this file sees the script's own, and the shift is the script's.
 MODULE=vit_dist.train
@@ -69,6 +64,7 @@ topology() {
     [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES is $NNODES, but MASTER_ADDR is not set on $HOSTNAME;" \
       "set it on all nodes to the name or address of the node with NODE_RANK=0"
     MASTER_PORT=${MASTER_PORT:-29500}
+    export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # names that cannot be looked up are warnings, and no matter
   fi
   NODE_RANK=${NODE_RANK:-0}
   whole NODE_RANK 0 99999
@@ -77,6 +73,10 @@ topology() {
   if [[ -n ${MASTER_PORT:-} ]]; then whole MASTER_PORT 1 65535; fi
 
   visible_gpus
+  if ((${GPUS_PER_NODE:-0} > GPUS)); then
+    fail "this job was given $GPUS_PER_NODE GPUs on $HOSTNAME, but $GPUS can be used (${NO_GPU:-nvidia-smi lists no more});" \
+      "leave this node out, and tell those who run it"
+  fi
   if [[ -z ${NPROC_PER_NODE:-} ]]; then
     ((GPUS > 0)) || fail "no GPU on $HOSTNAME ($NO_GPU); set NPROC_PER_NODE=N to start N processes on CPUs"
     NPROC_PER_NODE=$GPUS
@@ -85,18 +85,19 @@ topology() {
   ((GPUS == 0 || NPROC_PER_NODE <= GPUS)) || fail "NPROC_PER_NODE is $NPROC_PER_NODE, but $HOSTNAME has $GPUS visible" \
     "GPUs; ask for no more, or set CUDA_VISIBLE_DEVICES='' to start the processes on CPUs"
   PROCESSES=$((NNODES * NPROC_PER_NODE))
+  export VIT_DIST_PROCESSES=$PROCESSES  # what the processes find is compared with it
   if ((NODE_RANK > 0)) && [[ $MASTER_ADDR =~ ^(localhost|127\.) ]]; then
     note "MASTER_ADDR=$MASTER_ADDR is $HOSTNAME itself; if node 0 is another machine, this one will wait in vain"
   fi
 }
 
 require() {  # require PACKAGE...: told now, not after the launcher's start by every process, or by a long wait
-  local port=''
+  local port='' interface
   if ((PROCESSES > 1 && NODE_RANK == 0)); then port=${MASTER_PORT:-}; fi  # the node that will listen there
-  "$PYTHON" - "$MASTER_ADDR" "$port" "$@" <<'END' || exit 2
-import importlib.util, socket, sys
+  interface=$("$PYTHON" - "$NNODES" "$MASTER_ADDR" "$port" "$@" <<'END'
+import fcntl, importlib.util, ipaddress, socket, struct, sys
 
-address, port, *packages = sys.argv[1:]
+nodes, address, port, *packages = sys.argv[1:]
 here = socket.gethostname()
 for package in packages:
     if importlib.util.find_spec(package) is None:
@@ -113,7 +114,49 @@ if port:
             listener.bind(("", int(port)))
         except OSError as error:
             sys.exit(f"error: MASTER_PORT={port} cannot be used on {here} ({error.strerror}); set another one")
+
+
+def own_address(other):  # the address that packets to `other` would leave from; none is sent
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))
+        return probe.getsockname()[0]
+
+
+def interface_address(name):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        asked = struct.pack("256s", name.encode()[:15])
+        return socket.inet_ntoa(fcntl.ioctl(probe, 0x8915, asked)[20:24])  # SIOCGIFADDR
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except OSError:
+        return True
+
+
+# Gloo tells the others the address that this host's name has here, which some installers make 127.0.1.1.
+if int(nodes) > 1 and is_loopback(here) and not address.startswith("127.") and address != "localhost":
+    interfaces = {}
+    for _, name in socket.if_nameindex():
+        try:
+            interfaces[interface_address(name)] = name
+        except OSError:
+            pass  # it has none
+    outside = {own: name for own, name in interfaces.items() if not ipaddress.ip_address(own).is_loopback}
+    own = next(iter(outside), None)
+    for other in (address, "192.0.2.1"):  # the master; where the default route leads to
+        try:
+            if len(outside) > 1 and own_address(other) in outside:
+                own = own_address(other)
+                break
+        except OSError:
+            pass
+    if own:
+        print(outside[own])
 END
+  ) || exit 2
+  if [[ -n $interface && -z ${GLOO_SOCKET_IFNAME:-} ]]; then export GLOO_SOCKET_IFNAME=$interface; fi
 }
 
 # Both launchers read torchrun's options from these: signals to pass on to the processes, and the seconds that those have
@@ -127,7 +170,9 @@ start() {  # start COMMAND...: in place of this shell, so that signals reach it;
     command+=(-u RANK -u WORLD_SIZE -u LOCAL_RANK -u MASTER_ADDR -u MASTER_PORT)
   fi
   # Both launchers set 1 thread a process unless told otherwise, which leaves most cores of a CPU machine idle.
-  cores=$(($(nproc) / NPROC_PER_NODE))
+  cores=$(nproc)
+  if ((${VIT_DIST_CPUS:-$cores} < cores)); then cores=$VIT_DIST_CPUS; fi
+  cores=$((cores / NPROC_PER_NODE))
   command+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}" "$@")
   case ${DRY_RUN:-0} in
     0 | no | false) exec "${command[@]}" ;;

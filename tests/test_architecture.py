@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "config": {"errors", "options"},
     "console": set(),
+    "preflight": {"attempts", "config", "console", "data.source", "entry", "errors"},
     "distributed": {"errors"},
     "entry": {"console", "distributed", "errors", "redact", "stop"},
     "data.__init__": set(),
@@ -62,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "owner": {"checkpoint.store", "errors"},
     "strategy": {"errors"},
     "memory": {"errors", "strategy"},
-    "arguments": {"batch", "config", "errors"},
+    "arguments": {"batch", "config", "distributed", "errors"},
     "resumable": {
         "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "distributed", "errors",
         "model", "stop",
@@ -71,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint.writer", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler",
         "metrics.__init__", "callbacks.reproducible", "resumable", "stop",
     },
-    "run_folder": {"checkpoint.store", "files", "owner", "redact"},
+    "run_folder": {"checkpoint.store", "console", "errors", "files", "owner", "redact"},
     "attempts": {
         "batch", "callbacks.metrics_file", "checkpoint.load", "checkpoint.store", "config", "errors", "files", "owner",
         "run_folder",
@@ -91,7 +92,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {
         "arguments", "attempts", "batch", "callbacks.watchdog", "checkpoint.writer", "errors", "failure", "owner",
-        "stop", "config", "console", "distributed", "entry", "data.pipeline", "metrics.__init__", "model", "results",
+        "run_folder", "stop", "config", "console", "distributed", "entry", "data.pipeline", "metrics.__init__", "model",
+        "results",
         "strategy", "summary", "trackers", "trainer",
     },
     "checks": {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import socket
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from vit_dist import distributed
 from vit_dist.batch import Batch, scaled_learning_rate
 from vit_dist.config import Config
 from vit_dist.errors import UserError
@@ -32,6 +34,11 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
         # The same graph at every step: DDP need not look for what is ready. It fails where a step begins without
         # synchronisation (torch 2.13, reducer.cpp, expect_autograd_hooks_).
         settings["ddp_static_graph"] = batch.accumulation == 1
+    if int(os.environ.get("GPUS_PER_NODE") or 0) and not settings["use_cpu"] and not torch.accelerator.is_available():
+        raise UserError(
+            f"{socket.gethostname()} has GPUs for this job, but PyTorch {torch.__version__} sees none: install a build "
+            "for its driver, or train on its CPUs with --use_cpu"
+        )
     settings["use_cpu"] = settings["use_cpu"] or not torch.accelerator.is_available()
     if settings["dataloader_num_workers"] is None:
         settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
@@ -90,5 +97,4 @@ def reporters(config: Config) -> list[str]:
 
 def _spare_cores() -> int:
     """Data loading workers for this process: its share of the cores it may use, less one for itself, at most 8."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))
+    return min(8, distributed.cores() - 1)

@@ -23,6 +23,7 @@ from vit_dist.owner import LOCK
 from vit_dist.run_folder import (
     CLASSES,
     CONFIG,
+    JOBS,
     METRICS,
     RECORD,
     STATUS,
@@ -187,6 +188,10 @@ def move_aside(config: Config, attempt: Attempt) -> None:
         folder.rename(aside)
         folder.mkdir(mode=0o775)
         (aside / LOCK).unlink(missing_ok=True)
+        job = os.environ.get("VIT_DIST_JOB_ID")
+        if job and (aside / JOBS / job).is_dir():  # what this very job prints belongs to the new run
+            (folder / JOBS).mkdir()
+            (aside / JOBS / job).rename(folder / JOBS / job)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be moved to {aside}: {error}") from None
     attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}; leave --fresh out to continue")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +40,31 @@ def set_up(rank: int) -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level
     for name in ("datasets", "accelerate", "huggingface_hub", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep(path: Path) -> None:
+    """From here on, all that this process and its children write to stdout and stderr is also appended to a file.
+
+    By `tee`, outside of this process, so that the last words of one that is killed are kept too.
+    """
+    tee = subprocess.Popen(["tee", "-a", path], stdin=subprocess.PIPE, preexec_fn=_outlive)
+    assert tee.stdin is not None
+    sys.stdout.flush()
+    os.dup2(tee.stdin.fileno(), 1)
+    os.dup2(tee.stdin.fileno(), 2)
+    tee.stdin.close()
+
+
+def _outlive() -> None:
+    """Batch systems and terminals signal every process of a job; this one ends when nobody can write to it any more."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table, a line for each row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def say(*lines: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -141,8 +142,43 @@ def check_launch(args: TrainingArguments, environ: Mapping[str, str] = os.enviro
             "accelerate launch was asked for several processes but started one (it does so for MULTI_CPU and without "
             "GPUs); add --multi_gpu, which also works on CPUs, or use torchrun --nproc-per-node N"
         )
+    told = environ.get("VIT_DIST_PROCESSES", seen)
+    if int(told) != seen:
+        raise UserError(
+            f"{told} processes were to be started, but {seen} found each other: each group would train alone"
+        )
     if args.n_gpu > 1:
         raise UserError("one process would drive several GPUs with nn.DataParallel; use `vit-dist train` or torchrun")
+
+
+def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> list[list[str]]:
+    """Every rank's host, device and cores, as rows under a title (all ranks participate).
+
+    Raises UserError on every rank if they are not on as many hosts as they were to be, or cannot add up numbers on
+    their devices. Costs a gather and an all-reduce of one number.
+    """
+    device = f"{args.device} {torch.cuda.get_device_name(args.device)}" if args.device.type == "cuda" else "cpu"
+    seats = gather((socket.gethostname(), device, cores(environ), os.getpid()))
+    hosts = {seat[0] for seat in seats}
+    told = int(environ.get("VIT_DIST_HOSTS") or len(hosts))
+    if told != len(hosts):
+        raise UserError(
+            f"the job has {told} nodes, but its {len(seats)} processes run on {len(hosts)}: {', '.join(sorted(hosts))}"
+        )
+    total = torch.tensor(float(args.process_index + 1), device=args.device)
+    add_up(total)
+    expected = len(seats) * (len(seats) + 1) / 2
+    if total.item() != expected:
+        raise UserError(f"an all-reduce of 1 to {len(seats)} gave {total.item()}, not {expected}: vit-dist doctor")
+    title = ["rank", "host", "device", "cores", "process"]
+    return [title, *([str(rank), *map(str, seat)] for rank, seat in enumerate(seats))]
+
+
+def cores(environ: Mapping[str, str] = os.environ) -> int:
+    """CPU cores for this process: its share of those that this host lets the job use."""
+    usable = len(os.sched_getaffinity(0))
+    share = min(usable, int(environ.get("VIT_DIST_CPUS") or usable)) // int(environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, share)
 
 
 def leave() -> None:

@@ -62,7 +62,7 @@ def doctor(config: Config) -> bool:
         job = Job(config, args, distributed.gather(this_process(args)), asked)
     versions = job.processes[args.process_index].versions
     rows = [[str(i), p.host, p.device, p.driver, *p.versions.values()] for i, p in enumerate(job.processes)]
-    console.say(*aligned([["rank", "host", "device", "driver", *versions], *rows]), "")
+    console.say(*console.aligned([["rank", "host", "device", "driver", *versions], *rows]), "")
 
     # What a broken network would hold up comes last, and what was found before is on the screen by then.
     stages: tuple[Callable[[], dict[str, Result | None]], ...] = (
@@ -156,11 +156,6 @@ def by_value(values: Mapping[int, str], hosts: Sequence[str]) -> Iterator[tuple[
     for value in dict.fromkeys(values.values()):
         who = [f"rank {rank} ({hosts[rank]})" for rank, its in values.items() if its == value]
         yield value, ", ".join(who[:8]) + (f" and {len(who) - 8} more" if len(who) > 8 else "")
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def this_process(args: TrainingArguments) -> Process:

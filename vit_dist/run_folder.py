@@ -9,17 +9,22 @@ import platform
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vit_dist import console
 from vit_dist.checkpoint import store
+from vit_dist.checkpoint.store import make_folder
+from vit_dist.errors import UserError
 from vit_dist.files import replacing
 from vit_dist.owner import LOCK
 from vit_dist.redact import redact
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"
+JOBS = "jobs"  # what each job of a batch system printed; not of the run
 
 
 def describe(folder: Path) -> str:
@@ -93,7 +98,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_new(folder: Path) -> bool:
-    return not folder.exists() or not any(path.name != LOCK for path in folder.iterdir())
+    return not folder.exists() or not any(path.name not in (LOCK, JOBS) for path in folder.iterdir())
+
+
+def keep_output(folder: Path, rank: int, environ: Mapping[str, str] = os.environ) -> None:
+    """In a job of a batch system (VIT_DIST_JOB_ID), keep what this rank prints in jobs/<job>/rank-<rank>.log."""
+    job = environ.get("VIT_DIST_JOB_ID")
+    if job is None:
+        return
+    path = folder / JOBS / job / f"rank-{rank}.log"
+    try:
+        make_folder(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error}") from None
+    console.keep(path)
 
 
 def aside_of(folder: Path) -> Path:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vit_dist import attempts, console, distributed, entry, stop
+from vit_dist import attempts, console, distributed, entry, run_folder, stop
 from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.owner import owned
@@ -36,12 +36,16 @@ def train(config: Config) -> None:
     from vit_dist.arguments import build_arguments
 
     stop.listen(config.max_time)
+    attempts.check(config)
+    run_folder.keep_output(config.output_dir, distributed.launched_rank())
     idle_gpus = distributed.use_one_device()
     strategy.check_owners(config.precision)
-    attempts.check(config)
     batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
     args = build_arguments(config, batch)  # joins the process group
     distributed.check_launch(args)
+    seats = distributed.roll_call(args)
+    if args.world_size > 1:
+        console.say(*console.aligned(seats))
     asked = strategy.prepare(args)
     facts = attempts.common_facts(config, asked, args.device.type) | {"batch": str(batch)}
     distributed.agree(facts, "start all of them with one command, in one environment")

@@ -58,20 +58,30 @@ def load_source(options: DataOptions) -> Source:
     data = options.data
     if data == "digits":
         return _digits(options)
-    path = Path(data).expanduser()
-    if not data or not os.path.exists(path):
-        if data and not looks_like_path(data):
-            splits, commit = load_hub(data, options)
-            return _from_splits(splits, data, "Hugging Face hub", options, commit)
-        raise UserError(f"--data {data}: there is no such file or folder{_near_miss(path)}")
-    path = Path(os.path.abspath(path))
+    path = find(data)
+    if path is None:
+        splits, commit = load_hub(data, options)
+        return _from_splits(splits, data, "Hugging Face hub", options, commit)
     if path.is_file():
-        if extension(path.name) not in TABLE_EXTENSIONS:
-            raise UserError(f"--data {data}: not one of the files that are read, {_kinds(TABLE_EXTENSIONS)}")
         return _files(path.parent, {"train": [path.name]}, str(path), options)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _saved(path, options)
     return _folder(path, options)
+
+
+def find(data: str) -> Path | None:
+    """The file or folder that `--data` names; None if it is `digits` or may be a hub id. Reads no image.
+
+    Raises `UserError` for a path that is not there, or a file that is not read.
+    """
+    path = Path(data).expanduser()
+    if data == "digits" or (data and not os.path.exists(path) and not looks_like_path(data)):
+        return None
+    if not data or not os.path.exists(path):
+        raise UserError(f"--data {data}: there is no such file or folder{_near_miss(path)}")
+    if path.is_file() and extension(path.name) not in TABLE_EXTENSIONS:
+        raise UserError(f"--data {data}: not one of the files that are read, {_kinds(TABLE_EXTENSIONS)}")
+    return Path(os.path.abspath(path))
 
 
 def looks_like_path(data: str) -> bool:
