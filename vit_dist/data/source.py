@@ -58,13 +58,10 @@ def load_source(options: DataOptions) -> Source:
     data = options.data
     if data == "digits":
         return _digits(options)
-    path = Path(data).expanduser()
-    if not data or not os.path.exists(path):
-        if data and not looks_like_path(data):
-            splits, commit = load_hub(data, options)
-            return _from_splits(splits, data, "Hugging Face hub", options, commit)
-        raise UserError(f"--data {data}: there is no such file or folder{_near_miss(path)}")
-    path = Path(os.path.abspath(path))
+    path = local_path(data)
+    if path is None:
+        splits, commit = load_hub(data, options)
+        return _from_splits(splits, data, "Hugging Face hub", options, commit)
     if path.is_file():
         if extension(path.name) not in TABLE_EXTENSIONS:
             raise UserError(f"--data {data}: not one of the files that are read, {_kinds(TABLE_EXTENSIONS)}")
@@ -72,6 +69,16 @@ def load_source(options: DataOptions) -> Source:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _saved(path, options)
     return _folder(path, options)
+
+
+def local_path(data: str) -> Path | None:
+    """The file or folder that `--data` names; None for what only the hub can have. Raises UserError if it is gone."""
+    path = Path(data).expanduser()
+    if data and os.path.exists(path):
+        return Path(os.path.abspath(path))
+    if data and not looks_like_path(data):
+        return None
+    raise UserError(f"--data {data}: there is no such file or folder{_near_miss(path)}")
 
 
 def looks_like_path(data: str) -> bool:
