@@ -5,6 +5,7 @@ sbatch is a program here that writes down what it gets; tests/slurm/ has the rea
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -136,6 +137,13 @@ def test_without_sbatch_it_can_only_be_shown(login: Login, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", "/nowhere")
     assert "there is no sbatch on this machine" in login.error("train")
     assert "command" in login.shown("train")
+
+
+def test_a_strategy_whose_package_is_missing_here_is_remarked(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "deepspeed" else find(name, *at))
+    login.submit("-t", "5", "train", "--strategy", "zero2")
+    assert login.told.err == "note: deepspeed is not installed here, and zero2 needs it on the nodes\n"
 
 
 def test_printing_starts_nothing_and_can_be_pasted(login: Login) -> None:
