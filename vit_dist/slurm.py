@@ -37,11 +37,12 @@ OWN = ("strategy", "throttle", "print")  # options of ours, which may also stand
 # What must be known of sbatch's options to find the verb behind them: those that stand alone (another value is given
 # with `=`), pyxis's among them, and the long names of the short ones.
 ALONE = {
-    "contiguous", "exclusive", "get-user-env", "help", "hold", "ignore-pbs", "no-kill", "no-requeue", "overcommit",
-    "oversubscribe", "parsable", "propagate", "quiet", "reboot", "requeue", "resv-ports", "spread-job", "test-only",
-    "usage", "use-min-nodes", "verbose", "version", "wait", "container-mount-home", "no-container-mount-home",
-    "container-remap-root", "no-container-remap-root", "container-entrypoint", "no-container-entrypoint",
-    "container-entrypoint-log", "container-readonly", "container-writable", "stepmgr", "print",
+    "contiguous", "exclusive", "get-user-env", "help", "hold", "ignore-pbs", "nice", "no-kill", "no-requeue",
+    "overcommit", "oversubscribe", "parsable", "propagate", "quiet", "reboot", "requeue", "resv-ports", "spread-job",
+    "test-only", "usage", "use-min-nodes", "verbose", "version", "wait", "container-mount-home",
+    "no-container-mount-home", "container-remap-root", "no-container-remap-root", "container-entrypoint",
+    "no-container-entrypoint", "container-entrypoint-log", "container-readonly", "container-writable", "stepmgr",
+    "print",
 }  # fmt: skip
 LONG = {
     "-A": "account", "-a": "array", "-b": "begin", "-C": "constraint", "-c": "cpus-per-task", "-D": "chdir",
