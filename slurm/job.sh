@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What a batch script does, on the first node of its job: start launch/ on every node, pass warnings on, requeue.
-# train.sh and sweep.sh source it; `root` is the checkout.
+# train.sh and sweep.sh source it and call begin, then job; `root` is the checkout.
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 say() { printf '%s job %s: %s\n' "$(date +%FT%T)" "$VIT_DIST_JOB_ID" "$*"; }
@@ -24,6 +24,11 @@ in_job() {  # in_job COMMAND...: in the job's container, if it has one, on its n
   step=$!
 }
 
+ask() {  # ask MODULE [--flag value ...]: what a module of vit_dist prints, in the file $answer; its exit code
+  in_job --nodes=1 --ntasks=1 "$root/launch/module.sh" "$@" >"$answer"
+  attend
+}
+
 attend() {  # attend: the exit code of the step, whatever signals come meanwhile
   local code=0
   while :; do
@@ -34,8 +39,19 @@ attend() {  # attend: the exit code of the step, whatever signals come meanwhile
   return "$code"
 }
 
+begin() {  # call first
+  command -v srun >/dev/null || fail 'there is no srun here; give a container as CONTAINER_IMAGE, not to sbatch'
+  # One name for all starts of a job, and one for each member of an array.
+  export VIT_DIST_JOB_ID=$SLURM_JOB_ID
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then VIT_DIST_JOB_ID=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+  answer=$(mktemp)
+  trap 'rm -f "$answer"' EXIT
+  trap on_warning USR1
+  say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, ${SLURM_GPUS_ON_NODE:-0} GPUs on the first node"
+}
+
 job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
-  local strategy=ddp verb=train arguments=() size=() code=0 answer run logs output
+  local strategy=ddp verb=train arguments=() size=() code=0 run logs output
   while (($#)); do
     case $1 in
       --strategy) (($# > 1)) || fail '--strategy needs a name'; strategy=$2; shift ;;
@@ -45,22 +61,12 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
     shift
   done
   case ${arguments[0]:-} in train | doctor) verb=${arguments[0]}; arguments=("${arguments[@]:1}") ;; esac
-  command -v srun >/dev/null || fail 'there is no srun here; give a container as CONTAINER_IMAGE, not to sbatch'
-
-  # One name for all starts of a job, and one for each member of an array.
-  export VIT_DIST_JOB_ID=$SLURM_JOB_ID
-  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then VIT_DIST_JOB_ID=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-  trap on_warning USR1
-  say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, ${SLURM_GPUS_ON_NODE:-0} GPUs on the first node"
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then size+=("--gres=gpu:$SLURM_GPUS_ON_NODE"); fi  # else a step sees none
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then size+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
 
   if [[ $verb == train ]]; then  # what is wrong with the command is said once, and before all nodes load libraries
-    answer=$(mktemp)
-    in_job --nodes=1 --ntasks=1 "$root/launch/preflight.sh" "${arguments[@]}" >"$answer"
-    attend || code=$?
+    ask preflight "${arguments[@]}" || code=$?
     run=$(tail -n 1 "$answer")
-    rm -f "$answer"
     if [[ -n $warned ]]; then requeue 'before the training began'; fi
     ((code == 0)) || exit "$code"
     logs=$run/jobs/$VIT_DIST_JOB_ID

@@ -3,6 +3,8 @@
 vit-dist train [RECIPE] [--flag value ...]     one process per visible GPU, or one on the CPU
 vit-dist plan [RECIPE] [--gpus N] [--nodes N]  what a run would do and need there; starts nothing
 vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what training would meet
+vit-dist sweep SWEEP.yaml [--run N]            the members of a sweep and what became of them; trains one
+vit-dist slurm [options of the job] VERB ...   the same as a job of a cluster: VERB is train, doctor or sweep
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ VERBS = {
     "train": "fine-tune a Vision Transformer; `vit-dist train --help` lists its options",
     "plan": "show what a run would do and need on given GPUs; starts nothing, needs no GPU",
     "doctor": "check processes, data, caches, disk and network before a run, without training",
+    "sweep": "show a sweep's members and what became of them, or train one here",
+    "slurm": "check a command on the login node and submit it as a job; --print shows the job",
 }
 
 # torchrun's options, which it reads from the environment: signals to pass on, and how long it waits for the processes
@@ -56,6 +60,14 @@ def _run(verb: str, argv: list[str]) -> int:
         from vit_dist.plan import main as plan
 
         return plan(argv)
+    if verb == "sweep":
+        from vit_dist.sweep import main as sweep
+
+        return sweep(argv, lambda arguments: _run("train", arguments))
+    if verb == "slurm":
+        from vit_dist.slurm import main as slurm
+
+        return slurm(argv)
     gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
     command = launch_command(argv, gpus, f"vit_dist.{verb}")
     if command is not None:

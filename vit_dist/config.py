@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import difflib
 import enum
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from vit_dist import settings_file
 from vit_dist.errors import UserError
 from vit_dist.options import (
     RANGES,
@@ -33,6 +33,7 @@ from vit_dist.options import (
     RunOptions,
     ScalingOptions,
 )
+from vit_dist.settings_file import Setting
 
 DEFAULT_RECIPE = "digits"
 OF_ONE_START = ("fresh", "resume_from_checkpoint", "allow_change")  # not of the run
@@ -108,7 +109,7 @@ def load_config(argv: Sequence[str]) -> Config:
     values: dict[str, Any] = {}
     if recipe is not None:
         path = _find_recipe(recipe)
-        values = _read_recipe(path, parser)
+        values = {setting.key: _value(setting, parser) for setting in settings_file.read(path, "a recipe")}
     settings = {**vars(flags), **{k: v for k, v in values.items() if k not in flags.given}}
     given = set(values) | flags.given
     name = Path(recipe).stem if recipe else Path(settings["data"].rstrip("/")).name
@@ -228,65 +229,41 @@ def _find_recipe(recipe: str) -> Path:
     raise UserError(f"no recipe {recipe}: not a file, not the name of a shipped recipe; {hint}")
 
 
-def _read_recipe(path: Path, parser: _Parser) -> dict[str, Any]:
-    """Check every key and value of a recipe as the flag of that name would be; errors carry file and line."""
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)  # the line itself is not shown: it may hold a secret
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or 'not UTF-8'}") from None
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a recipe is a list of `key: value` lines")
+def check_settings(settings: Iterable[Setting]) -> None:
+    """Raises UserError with all settings that no recipe could have: an unknown key, or a value of another type."""
+    parser, problems = _parser(), []
+    for setting in settings:
+        try:
+            _value(setting, parser)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _value(setting: Setting, parser: _Parser) -> Any:
+    """Check key and value of a setting in a file as the flag of that name would be; errors carry file and line."""
+    key, node, where = setting
+    _refuse_secrets([key], where)
     actions = {action.dest: action for action in parser._actions if action.option_strings and action.nargs != 0}
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-        _refuse_secrets([key], where)
-        if key not in actions or key == "help":
-            raise UserError(_unknown_message(f"{where}: unknown key {key!r}", key, parser))
-        if key in values:
-            raise UserError(f"{where}: {key} is given twice")
-        values[key] = _check(parser, actions[key], value_node, where)
-    return values
-
-
-def _check(parser: _Parser, action: argparse.Action, node: yaml.Node, where: str) -> Any:
-    """Convert one YAML value with the type and choices of its flag, from the very text that the flag would get."""
-    if node.tag == "tag:yaml.org,2002:null":
+    if key not in actions or key == "help":
+        raise UserError(_unknown_message(f"{where}: unknown key {key!r}", key, parser))
+    action = actions[key]
+    if settings_file.is_null(node):
         if action.default is not None:
-            raise UserError(f"{where}: {action.dest} needs a value")
+            raise UserError(f"{where}: {key} needs a value")
         return None
-    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     try:
-        items = [parser._get_value(action, _text(item)) for item in nodes]
+        items = [parser._get_value(action, text) for text in settings_file.texts(node)]
         for item in items:
             parser._check_value(action, item)
     except argparse.ArgumentError as error:
-        raise UserError(f"{where}: {action.dest}: {error.message}") from None
+        raise UserError(f"{where}: {key}: {error.message}") from None
     if action.nargs == "+":
         return items
     if isinstance(node, yaml.SequenceNode):
-        raise UserError(f"{where}: {action.dest} takes one value, not a list")
+        raise UserError(f"{where}: {key} takes one value, not a list")
     return items[0]
-
-
-def _text(node: yaml.Node) -> str:
-    """What stands in the file; upstream takes JSON for its dictionaries."""
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    return json.dumps(_Loader("").construct_object(node, deep=True))
-
-
-class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 has it, `1e-3` is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def _unknown_message(what: str, key: str, parser: _Parser, prefix: str = "") -> str:

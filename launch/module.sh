@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs one module of vit_dist in one process, for what a batch system asks before it starts training.
+#
+#   launch/module.sh preflight [RECIPE] [--flag value ...]
+set -euo pipefail
+# shellcheck source=launch/python.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/python.sh"
+exec "$PYTHON" -m "vit_dist.$1" "${@:2}"

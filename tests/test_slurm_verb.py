@@ -1,0 +1,248 @@
+"""vit-dist slurm: what is refused before machines are asked for, and the very command that is given to sbatch.
+
+sbatch is a program here that writes down what it gets; tests/slurm/ has the real one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from vit_dist import slurm
+from vit_dist.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SBATCH = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["RECORDED"], "w") as file:
+    json.dump([sys.argv[1:], os.environ.get("PYTHON")], file)
+print("Submitted batch job 7")
+"""
+REFUSES = "#!/bin/sh\necho sbatch: error: invalid partition specified: nope >&2\nexit 1\n"
+
+
+class Login:
+    """A login node: a folder to submit from, and an sbatch."""
+
+    def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capfd, self.recorded = folder, capfd, folder / "recorded.json"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.program(SBATCH)
+
+    def program(self, text: str) -> None:
+        (self.bin / "sbatch").write_text(text)
+        (self.bin / "sbatch").chmod(0o755)
+
+    def submit(self, *words: str) -> str:
+        """What is printed for a command that is accepted."""
+        assert slurm.main(words) == 0
+        self.told = self.capfd.readouterr()
+        return self.told.out
+
+    def submitted(self) -> list[str]:
+        """What sbatch got."""
+        return json.loads(self.recorded.read_text())[0]
+
+    def error(self, *words: str) -> str:
+        """The one line that says why nothing is submitted."""
+        assert slurm.main(words) == 2
+        told = self.capfd.readouterr()
+        assert (told.out, told.err.count("\n"), self.recorded.exists()) == ("", 1, False), told
+        return told.err
+
+    def shown(self, *words: str) -> dict[str, Sequence[str]]:
+        """The rows of --print: name -> value, remark."""
+        return {row[0]: row[1:] for row in map(str.split, self.submit(*words, "--print").splitlines())}
+
+
+@pytest.fixture
+def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Login:
+    for name in [name for name in os.environ if name.startswith("SBATCH_") or name == "PYTHON"]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    found = Login(tmp_path, capfd)
+    monkeypatch.setenv("RECORDED", str(found.recorded))
+    monkeypatch.setenv("PATH", f"{found.bin}:{os.environ['PATH']}")
+    return found
+
+
+def test_the_users_words_reach_sbatch_unchanged(login: Login) -> None:
+    words = ["digits", "--run_name", "it's 2 words; $HOME *", "--learning_rate=3e-5"]
+    login.submit("-N", "4", "--gpus-per-node=8", "-J", "train", "train", *words, "--strategy", "fsdp2")
+    script = str(ROOT / "slurm" / "train.sh")
+    assert login.submitted() == [
+        "-N", "4", "--gpus-per-node=8", "-J", "train", script, "train", "--strategy", "fsdp2", *words,
+    ]  # fmt: skip
+    assert json.loads(login.recorded.read_text())[1] == sys.executable, "the interpreter that checked the command"
+    login.submit("doctor", "digits", "--strategy=zero1")
+    assert login.submitted() == [script, "doctor", "--strategy", "zero1", "digits"]
+
+
+@pytest.mark.parametrize(
+    "options", ["", "-J train", "-Jtrain", "--job-name sweep -N4", "--exclusive --wait -H", "--exclusive=user -W -t 5",
+                "--no-container-mount-home --container-image img"],
+)  # fmt: skip
+def test_the_verb_is_found_behind_options(options: str) -> None:
+    request = slurm.parse([*options.split(), "train", "digits", "--run_name", "doctor"])
+    assert (request.verb, request.arguments) == ("train", ["digits", "--run_name", "doctor"])
+    assert [word for option in request.options for word in option.words] == options.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no verb"),
+        (["-N", "2"], "there is no verb"),
+        (["-N"], "-N needs a value"),
+        (["-N", "2", "trian"], "trian is no verb; did you mean train"),
+        (["digits"], "digits is no verb; options of sbatch stand before train, doctor, sweep"),
+        (["train", "--strategy"], "expected one argument"),
+        (["train", "--throttle", "2"], "--throttle K is for a sweep"),
+        (["sweep", "a.yaml", "--throttle", "0"], "1 or more"),
+    ],
+)
+def test_a_command_line_that_is_not_understood(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        slurm.parse(words)
+
+
+def test_what_a_job_would_stop_at_is_refused_here(login: Login) -> None:
+    assert "did you mean --learning_rate?" in login.error("train", "--learnin_rate", "1")
+    assert "did you mean cifar10?" in login.error("train", "cifr10")
+    assert "unknown --strategy fsdp; did you mean" in login.error("train", "--strategy", "fsdp")
+    assert "--strategy ./mine.yaml: there is no such file" in login.error("train", "--strategy", "./mine.yaml")
+    (login.folder / "mine.yaml").write_text("learning_rate: 1\n")
+    assert "no configuration of Accelerate" in login.error("train", "--strategy", "./mine.yaml")
+    (login.folder / "photos").mkdir()
+    missing = login.error("doctor", "--data", "./photo")
+    assert f"--data ./photo: there is no such file or folder (did you mean {login.folder / 'photos'}?)" in missing
+    (login.folder / "file").touch()
+    assert "output_dir file is a file" in login.error("train", "--output_dir", "file")
+    assert "the sweep's file comes first" in login.error("sweep", "--seed", "1")
+    assert "there is no sweep file no.yaml" in login.error("sweep", "no.yaml")
+    (login.folder / "bad.yaml").write_text("recipe: digits\ngrid: {seed: [1, x]}\n")
+    assert "bad.yaml:2: seed: invalid int value" in login.error("sweep", "bad.yaml")
+
+
+def test_without_sbatch_it_can_only_be_shown(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "there is no sbatch on this machine" in login.error("train")
+    assert "command" in login.shown("train")
+
+
+def test_a_strategy_whose_package_is_missing_here_is_remarked(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "deepspeed" else find(name, *at))
+    login.submit("-t", "5", "train", "--strategy", "zero2")
+    assert login.told.err == "note: deepspeed is not installed here, and zero2 needs it on the nodes\n"
+
+
+def test_printing_starts_nothing_and_can_be_pasted(login: Login) -> None:
+    words = ("-N", "2", "-t", "5", "train", "digits", "--run_name", "a b; $HOME", "--strategy", "ddp")
+    printed = login.submit(*words, "--print")
+    assert not login.recorded.exists() and login.told.err == ""
+    line = next(line for line in printed.splitlines() if line.startswith("command")).removeprefix("command")
+    subprocess.run(["bash", "-c", line], check=True, timeout=60)
+    pasted = login.recorded.read_text()
+    login.submit(*words)
+    assert login.recorded.read_text() == pasted
+    assert login.submit("--print", *words) == printed, "also before the verb"
+
+
+def test_the_resources_are_those_of_script_environment_and_command_line(
+    login: Login, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = login.shown("train")
+    assert rows["script"] == [str(ROOT / "slurm" / "train.sh")]
+    assert rows["nodes"] == ["1", "train.sh"] and rows["signal"] == ["B:USR1@120", "train.sh"]
+    assert rows["exclusive"] == rows["requeue"] == ["yes", "train.sh"]
+    assert rows["output"] == ["vit_dist-%j.log", "train.sh"]
+    assert rows["gpus-per-node"] == ["all", "that", "a", "node", "has", "--exclusive"]
+    assert login.told.err == "note: no --time was given: the partition's default limit holds\n"
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "60")
+    monkeypatch.setenv("SBATCH_PARTITION", "cpu")
+    rows = login.shown("-p", "gpu", "-N4", "-G", "32", "--no-requeue", "train")
+    assert rows["time"] == ["60", "SBATCH_TIMELIMIT"] and login.told.err == ""
+    assert rows["partition"] == ["gpu", "command", "line"] and rows["nodes"][0] == "4" and rows["gpus"][0] == "32"
+    assert "requeue" not in rows and "gpus-per-node" not in rows
+
+
+def test_the_interpreter_is_left_to_an_image_or_to_the_user(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert login.shown("train")["command"][:2] == ["env", f"PYTHON={sys.executable}"]
+    assert login.shown("--container-image", "img", "train")["command"][0] == "sbatch"
+    monkeypatch.setenv("PYTHON", "/opt/python")
+    assert login.shown("train")["command"][0] == "sbatch"
+
+
+def test_a_submitted_job_can_be_followed_and_stopped(login: Login) -> None:
+    told = login.submit("train")
+    for part in ("job 7", "tail -F vit_dist-7.log", "scancel 7", "scancel --batch --signal=USR1 7"):
+        assert part in told
+    assert "tail -F 'my logs/x-7.log'" in login.submit("-J", "x", "-o", "my logs/%x-%j.log", "train")
+    told = login.submit("-a", "1,2", "-D", "a b", "-o", "%A_%a.log", "train")
+    assert "tail -F 'a b/7_'*.log\n" in told, "all members of an array"
+
+
+def test_what_sbatch_refuses_it_says_itself(login: Login) -> None:
+    login.program(REFUSES)
+    assert slurm.main(["-t", "5", "-p", "nope", "train"]) == 1
+    assert login.capfd.readouterr() == ("", "sbatch: error: invalid partition specified: nope\n")
+
+
+def test_a_sweep_is_an_array(login: Login) -> None:
+    file = str(ROOT / "configs" / "sweeps" / "lr.yaml")
+    script = str(ROOT / "slurm" / "sweep.sh")
+    login.submit("-t", "5", "sweep", file, "--throttle", "4", "--strategy", "ddp", "--bf16", "false")
+    assert login.submitted() == [
+        "-t", "5", "--array=0-11%4", script, file, "--strategy", "ddp", "--bf16", "false",
+    ]  # fmt: skip
+    login.submit("sweep", file)
+    assert login.submitted() == ["--array=0-11", script, file]
+    login.submit("-a", "3,5-11:2%1", "sweep", file)
+    assert login.submitted() == ["-a", "3,5-11:2%1", script, file]
+    login.recorded.unlink()
+    assert "has members 0 to 11" in login.error("--array=0-12", "sweep", file)
+    assert "alone" in login.error("--array=0-3", "sweep", file, "--throttle", "2")
+
+
+def test_an_installed_package_has_the_scripts(tmp_path: Path) -> None:
+    """A wheel, without the checkout: the scripts are there, executable, and find each other."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(site), "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "DRY_RUN": "1"}
+    cluster = site / "vit_dist" / "cluster"
+
+    def output(*command: object) -> str:
+        words = list(map(str, command))
+        return subprocess.run(
+            words, cwd=tmp_path, env=env, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
+
+    launched = shlex.split(output(cluster / "launch" / "accelerate.sh", "fsdp2", "digits"))
+    assert launched[launched.index("--config_file") + 1] == str(cluster / "configs" / "accelerate" / "fsdp2.yaml")
+    shown = output(sys.executable, "-m", "vit_dist.cli", "slurm", "train", "--strategy", "fsdp2", "--print")
+    assert f"script           {cluster / 'slurm' / 'train.sh'}\n" in shown
