@@ -31,7 +31,7 @@ listen() {  # one line is enough: a second signal would have torchrun leave its 
 }
 
 # Output goes on to be read when nobody is there any more, or the command would fail before it has saved.
-exec > >(trap '' HUP INT TERM; cat; exec cat >/dev/null) 2>&1
+exec > >(trap '' HUP INT TERM USR1 USR2; cat || exec cat >/dev/null) 2>&1
 env "$mark" "$@" </dev/null &
 command=$!
 for signal in HUP INT TERM USR1 USR2; do

@@ -6,16 +6,21 @@ No cluster is reached. What the systems set in the environment is written down f
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from conftest import rows
 
 ROOT = Path(__file__).parents[1]
 PYTORCHJOB = yaml.safe_load((ROOT / "launch" / "kubernetes" / "pytorchjob.yaml").read_text())
@@ -103,6 +108,53 @@ def test_nothing_of_the_operators_is_left_to_torchrun(tmp_path: Path) -> None:
         "PET_SHUTDOWN_TIMEOUT",
         "PET_SIGNALS_TO_HANDLE",
     ]
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="a pid namespace of one's own needs root")
+def test_a_container_that_is_asked_to_end_saves_the_run(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The script is process 1, as in a container, where a signal without a handler does nothing."""
+    folder = tmp_path / "run"
+    words = [
+        "ddp", "--data", photos, "--model", checkpoint, "--output_dir", folder, "--max_steps", "5000",
+        "--per_device_train_batch_size", "4", "--logging_steps", "1", "--report_to", "none",
+    ]  # fmt: skip
+    port = free_port()
+    containers = []
+    for rank in (0, 1):
+        env = {**operator(rank, 2, "1"), "MASTER_PORT": port, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        alone = [
+            "unshare",
+            "--fork",
+            "--pid",
+            "--kill-child",
+            "--mount-proc",
+            ROOT / "launch" / "kubernetes" / "node.sh",
+        ]
+        containers.append(
+            subprocess.Popen(
+                [*alone, *words],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env},
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not any("loss" in row for row in rows(folder)):
+            assert all(container.poll() is None for container in containers) and time.monotonic() < deadline
+            time.sleep(0.05)
+        (first,) = psutil.Process(containers[1].pid).children()
+        first.terminate()
+        outputs = [container.communicate(timeout=60)[0] for container in containers]
+    finally:
+        for container in containers:
+            container.kill()
+    assert all(0 < container.returncode < 128 for container in containers), "to ExitCode these were permanent errors"
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["by"]) == ("preempted", "SIGTERM on rank 1"), "\n".join(outputs)
+    assert (folder / f"checkpoint-{status['step']}").is_dir()
 
 
 def test_a_pytorchjob_can_commit_and_goes_on() -> None:

@@ -307,6 +307,28 @@ time.sleep(600)
     cluster.gone(5)
 
 
+def test_a_lost_connection_is_named_and_its_host_saves_though_nobody_reads_what_it_says(cluster: Cluster) -> None:
+    process = cluster.code("""
+def save(*_):
+    for line in range(100000):
+        print("saving", line, flush=True)
+    pathlib.Path(f"saved{rank}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(f"ready{rank}").write_text(str(os.getpid()))
+while True:
+    signal.pause()
+""")
+    ready = [cluster.folder / f"ready{rank}" for rank in (0, 1)]
+    until(lambda: all(path.exists() and path.read_text() for path in ready), "not started")
+    sessions = [parent for parent in psutil.Process(int(ready[1].read_text())).parents() if "sshd" in parent.name()]
+    sessions[0].kill()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 255 and errors.startswith("error: the connection to b was lost")
+    cluster.gone(20)
+    assert (cluster.folder / "saved0").exists() and (cluster.folder / "saved1").exists()
+
+
 def test_two_hosts_train_one_model_over_a_signal_and_a_killed_launcher(
     cluster: Cluster, photos: Path, checkpoint: Path
 ) -> None:
