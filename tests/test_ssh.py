@@ -22,6 +22,7 @@ from conftest import rows
 ROOT = Path(__file__).parents[1]
 SSH = ROOT / "launch" / "ssh.sh"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+SIGNALS_HEARD = ("env", "--default-signal=INT,QUIT,USR1,USR2,HUP")  # whatever started the tests may ignore them
 SECRET = "0123456789abcdef-a-key-of-a-user"
 
 pytestmark = pytest.mark.skipif(
@@ -77,24 +78,20 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             f"ListenAddress 127.0.0.1:{ports[host]}\nHostKey {root}/host\nAuthorizedKeysFile {root}/user.pub\n"
             f"PidFile none\nStrictModes no\nUsePAM no\nSetEnv HOME={root}/home\n"
         )
-        clean = [
-            "env",
-            "--default-signal=INT,QUIT,USR1,USR2,HUP",
-            str(SSHD),
-            "-D",
-            "-e",
-            "-f",
-            str(root / f"sshd_{host}"),
-        ]
-        servers.append(subprocess.Popen(clean, stderr=(root / f"sshd_{host}.log").open("w")))
-    for host in ("a", "b"):
-        probe = ["ssh", "-F", str(root / "config"), "-o", "BatchMode=yes", host, "true"]
-        log = root / f"sshd_{host}.log"
-        until(lambda probe=probe: subprocess.run(probe, timeout=60).returncode == 0, f"no sshd\n{log}", 20)  # type: ignore[misc]
-    yield root / "config"
-    for server in servers:
-        server.terminate()
-        server.wait(timeout=20)
+        server = [*SIGNALS_HEARD, SSHD, "-D", "-e", "-f", root / f"sshd_{host}"]
+        servers.append(subprocess.Popen(server, stderr=(root / f"sshd_{host}.log").open("w")))
+    try:
+        for host in ("a", "b"):
+            probe = ["ssh", "-F", root / "config", "-o", "BatchMode=yes", host, "true"]
+            deadline = time.monotonic() + 20
+            while subprocess.run(probe, capture_output=True, timeout=60).returncode:
+                assert time.monotonic() < deadline, (root / f"sshd_{host}.log").read_text()
+                time.sleep(0.1)
+        yield root / "config"
+    finally:
+        for process in servers:
+            process.terminate()
+            process.wait(timeout=20)
 
 
 class Cluster:
@@ -111,13 +108,12 @@ class Cluster:
         """In a process group of its own, as a shell starts it."""
         unset = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "VIRTUAL_ENV", "DRY_RUN", "CUDA_VISIBLE_DEVICES")
         clean = {name: value for name, value in os.environ.items() if name not in unset}
-        default = ["env", "--default-signal=INT,QUIT,USR1,USR2,HUP"]
         more = {
             "SSH_CONFIG": str(self.config), "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "",
             "MASTER_PORT": str(free_port()), "HF_HOME": str(self.folder / "hf"),
         }  # fmt: skip
         return subprocess.Popen(
-            [*default, SSH, *map(str, args)], env={**clean, **more, **env}, cwd=self.folder, text=True,
+            [*SIGNALS_HEARD, SSH, *map(str, args)], env={**clean, **more, **env}, cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
