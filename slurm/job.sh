@@ -24,9 +24,12 @@ in_job() {  # in_job COMMAND...: in the job's container, if it has one, on its n
   step=$!
 }
 
-ask() {  # ask MODULE [--flag value ...]: what a module of vit_dist prints, in the file $answer; its exit code
+ask() {  # ask MODULE [--flag value ...]: what a module of vit_dist prints, in the file $answer; ends if it fails
+  local code=0
   in_job --nodes=1 --ntasks=1 "$root/launch/module.sh" "$@" >"$answer"
-  attend
+  attend || code=$?
+  if [[ -n $warned ]]; then requeue 'before the training began'; fi
+  ((code == 0)) || exit "$code"
 }
 
 attend() {  # attend: the exit code of the step, whatever signals come meanwhile
@@ -65,10 +68,8 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then size+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
 
   if [[ $verb == train ]]; then  # what is wrong with the command is said once, and before all nodes load libraries
-    ask preflight "${arguments[@]}" || code=$?
+    ask preflight "${arguments[@]}"
     run=$(tail -n 1 "$answer")
-    if [[ -n $warned ]]; then requeue 'before the training began'; fi
-    ((code == 0)) || exit "$code"
     logs=$run/jobs/$VIT_DIST_JOB_ID
     mkdir -p "$logs"
     output=$(readlink -f "/proc/$$/fd/1")

@@ -154,7 +154,7 @@ def test_the_table_has_no_cycle_and_nothing_stale() -> None:
 
 def test_lower_layers_do_not_name_higher_ones() -> None:
     submits = PACKAGE / "slurm.py"  # runs on a login node before there is a job; nothing that trains imports it
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.sh")]:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.*")]:
         if path == submits:
             continue
         assert not re.search(r"SLURM_|sbatch|srun", path.read_text()), path

@@ -316,7 +316,7 @@ def test_a_busy_port_is_named_by_the_node_that_would_listen(scripts: Scripts) ->
         assert value(elsewhere, "--master-port") == port
 
 
-@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted(LAUNCH.rglob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_clean_and_know_no_batch_system(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True, timeout=60)
     text = script.read_text().lower()

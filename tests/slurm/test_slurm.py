@@ -1,0 +1,266 @@
+"""slurm/ on a real cluster: slurmctld and three nodes as namespaces of this machine (cluster.sh), through the real sbatch.
+
+n1 and n2 have no GPUs, n3 says that it has two. The hosts' own names are 127.0.1.1, as Debian's installer leaves them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import rows, run
+from lab import committed, fingerprint, status
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
+TRAINING = (
+    "digits", "--max_steps", 60, "--global_batch_size", 32, "--eval_strategy", "steps",
+    "--per_device_train_batch_size", 8, "--eval_steps", 20, "--max_eval_samples", 40, "--max_predict_samples", 40, "--logging_steps", 5, "--report_to", "wandb",
+)  # fmt: skip
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {
+            **os.environ, "SLURM_CONF": str(folder.parent / "slurm" / "etc" / "slurm.conf"), "DEBIAN_HOSTS": "n1,n2",
+            "SHARE": str(folder.parent), "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1", "WANDB_MODE": "offline",
+        }  # fmt: skip
+
+    def control(self, verb: str, *words: object) -> str:
+        command = [Path(__file__).parent / "cluster.sh", verb, self.folder.parent / "slurm", *words]
+        return self.call(*command)
+
+    def call(self, *command: object) -> str:
+        done = subprocess.run(
+            list(map(str, command)), env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def submit(self, *words: object, script: str = "train.sh", options: tuple[object, ...] = (), **env: str) -> Job:
+        assigned = ",".join(["--export=ALL", *(f"{name}={value}" for name, value in env.items())])
+        told = self.call("sbatch", assigned, *options, ROOT / "slurm" / script, *words)
+        return Job(self, told.split()[-1])
+
+
+class Job:
+    def __init__(self, cluster: Cluster, number: str) -> None:
+        self.cluster, self.number, self.begun = cluster, number, time.monotonic()
+
+    @property
+    def log(self) -> str:
+        path = self.cluster.folder / f"vit_dist-{self.number}.log"
+        return path.read_text() if path.exists() else ""
+
+    def facts(self) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S*)", self.cluster.call("scontrol", "show", "job", self.number)))
+
+    def wait_until(self, reached: Callable[[], Any], seconds: float = 150, over: bool = False) -> None:
+        """Until `reached`, which the job must live to see unless it may be `over`."""
+        end = time.monotonic() + seconds
+        while not reached():
+            state = self.facts()["JobState"]
+            alive = state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "REQUEUED", "NODE_FAIL")
+            assert over or alive or reached(), f"{state}\n{self.log}"
+            assert time.monotonic() < end, f"not reached in {seconds} s, {state}\n{self.log}"
+            time.sleep(0.1)
+
+    def end(self, state: str = "COMPLETED", restarts: int = 0, seconds: float = 150) -> None:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.wait_until(lambda: self.facts()["JobState"] in over, seconds, over=True)
+        facts = self.facts()
+        assert (facts["JobState"], int(facts["Restarts"])) == (state, restarts), f"{facts}\n{self.log}"
+
+    def warn(self) -> None:
+        self.cluster.call("scancel", "--batch", "--signal=USR1", self.number)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    missing = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    reason = f"not installed: {', '.join(missing)}" if missing else "needs root" if os.geteuid() else ""
+    if reason and os.environ.get("REQUIRE_SLURM"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="vit_dist-slurm-") as root:  # pytest's are closed to others, munge objects
+        Path(root).chmod(0o755)
+        folder = Path(root) / "work"
+        folder.mkdir()
+        cluster = Cluster(folder)
+        try:
+            cluster.control("start")
+            yield cluster
+        finally:
+            cluster.control("stop")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> Path:
+    """The run of two nodes with a process each, which nothing happened to."""
+    folder = cluster.folder / "two nodes"
+    cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2)).end()
+    return folder
+
+
+def reached(folder: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(row["step"] >= step for row in rows(folder))
+
+
+def wandb_ids(folder: Path) -> list[str]:
+    return [path.name.split("-")[-1] for path in sorted((folder / "wandb").glob("offline-run-*"))]
+
+
+def test_two_nodes_train_the_model_of_one_process(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    run(*TRAINING, "--output_dir", alone, OMP_NUM_THREADS="1", WANDB_MODE="offline")
+    four = cluster.folder / "four"
+    job = cluster.submit(*TRAINING, "--output_dir", four, options=("-N", 2), NPROC_PER_NODE="2")
+    job.end()
+    expected = load_file(alone / "best" / "model.safetensors")
+    for folder, world in ((undisturbed, 2), (four, 4)):
+        found = load_file(folder / "best" / "model.safetensors")
+        assert max(abs(found[name] - expected[name]).max() for name in expected) < 1e-4
+        assert json.loads((folder / "run.json").read_text())["world_size"] == world
+        assert len(wandb_ids(folder)) == 1
+    table = re.findall(r"^(\d)  +(n\d) +cpu +(\d+) +\d+$", job.log, re.M)
+    assert [row[:2] for row in table] == [("0", "n1"), ("1", "n1"), ("2", "n2"), ("3", "n2")]
+    logs = four / "jobs" / job.number
+    assert sorted(path.name for path in logs.iterdir()) == ["began", "job.log", *(f"rank-{i}.log" for i in range(4))]
+    assert (logs / "job.log").read_text() == job.log and "complete, eval accuracy" in (logs / "rank-0.log").read_text()
+
+
+def test_a_warned_job_is_requeued_once_and_ends_with_the_same_bits(cluster: Cluster, undisturbed: Path) -> None:
+    folder = cluster.folder / "warned"
+    job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
+    job.wait_until(reached(folder, 10))
+    job.warn()
+    job.wait_until(lambda: "back into the queue" in job.log)
+    facts = status(folder)
+    assert (facts["state"], facts["by"]) == ("preempted", "SIGUSR1") and committed(folder)[-1] == facts["step"] < 60
+    job.end(restarts=1)
+    assert fingerprint(folder) == fingerprint(undisturbed)
+    assert len(set(wandb_ids(folder))) == 1
+    assert job.log.count("back into the queue") == 1 and job.log.rstrip().endswith("complete")
+
+
+def test_a_job_survives_the_power_cut_of_each_of_its_nodes(cluster: Cluster, undisturbed: Path) -> None:
+    folder = cluster.folder / "power"
+    job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
+    for restarts, node, step in ((1, "n2", 5), (2, "n1", 30)):
+        job.wait_until(reached(folder, step))
+        cluster.control("kill-node", node)
+        job.wait_until(lambda count=restarts: int(job.facts()["Restarts"]) == count)
+        cluster.control("start-node", node)
+    job.end(restarts=2)
+    assert fingerprint(folder) == fingerprint(undisturbed)
+
+
+def test_a_job_that_another_partition_preempts_comes_back(cluster: Cluster, undisturbed: Path) -> None:
+    folder = cluster.folder / "preempted"
+    job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
+    job.wait_until(reached(folder, 10))
+    urgent = cluster.call("sbatch", "--parsable", "-p", "urgent", "-N", 2, "--exclusive", "--wrap", "sleep 1").strip()
+    job.end(restarts=1)
+    assert Job(cluster, urgent).facts()["JobState"] == "COMPLETED"
+    assert fingerprint(folder) == fingerprint(undisturbed)
+
+
+def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:
+    folder = cluster.folder / "cancelled"
+    words = ["-N", 2, "--time", 10, "train", *TRAINING, "--output_dir", folder]
+    told = cluster.call(shutil.which("python"), "-m", "vit_dist.cli", "slurm", *words)
+    found = re.search(r"job (\d+)", told)
+    assert found, told
+    job = Job(cluster, found[1])
+    job.wait_until(reached(folder, 10))
+    cluster.call("scancel", job.number)
+    job.end("CANCELLED")
+    assert status(folder)["by"] == "SIGTERM" and committed(folder)[-1] == status(folder)["step"]
+
+
+def test_a_killed_rank_fails_the_job_and_is_named_last(cluster: Cluster) -> None:
+    folder = cluster.folder / "killed"
+    job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
+    job.wait_until(reached(folder, 5))
+    process = re.search(r"^1 +n2 .* (\d+)$", job.log, re.M)
+    assert process, job.log
+    cluster.control("exec", "n2", "kill", "-9", process[1])
+    job.end("FAILED")
+    assert "is gone: killed from outside" in job.log.splitlines()[-2]
+    assert str(folder / "failure.json") in job.log.splitlines()[-1]
+
+
+def test_a_job_warned_before_it_trains_is_requeued(cluster: Cluster) -> None:
+    job = cluster.submit(*TRAINING, "--output_dir", cluster.folder / "early")
+    job.wait_until(lambda: "start 1 on n" in job.log)
+    job.warn()
+    job.wait_until(lambda: "start 2 on n" in job.log)
+    assert int(job.facts()["Restarts"]) == 1 and "before the training began; back into the queue" in job.log
+    cluster.call("scancel", job.number)
+    job.end("CANCELLED", restarts=1)
+
+
+def test_members_of_a_sweep_are_tasks_of_an_array(cluster: Cluster) -> None:
+    sweep = cluster.folder / "a sweep.yaml"
+    sweep.write_text("recipe: digits\nname: seeds\ngrid: {seed: [1, 2, 3]}\n")
+    words = [*TRAINING[1:], "--max_steps", 6, "--eval_steps", 6, "--output_dir", cluster.folder / "seeds"]
+    array = cluster.submit(sweep, *words, script="sweep.sh", options=("--array=0-2%2",))
+    most = 0
+    jobs = [Job(cluster, f"{array.number}_{i}") for i in range(3)]
+    end = time.monotonic() + 240
+    while any(job.facts()["JobState"] in ("PENDING", "RUNNING", "COMPLETING") for job in jobs):
+        most = max(most, sum(job.facts()["JobState"] == "RUNNING" for job in jobs))
+        assert time.monotonic() < end, [job.log for job in jobs]
+        time.sleep(0.3)
+    assert most == 2
+    for i, job in enumerate(jobs):
+        job.end()
+        folder = cluster.folder / "seeds" / f"seed={i + 1}"
+        assert json.loads((folder / "run.json").read_text())["settings"]["seed"] == i + 1
+        assert (folder / "jobs" / job.number / "rank-0.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "env", "message"),
+    [
+        (("-p", "gpu"), ("digits",), {}, "this job was given 2 GPUs on n3, but 0 can be used (there is no nvidia-smi)"),
+        ((), ("digits",), {"NPROC_PER_NODE": ""}, "this job has no GPUs; ask for them (sbatch --gpus-per-node N)"),
+        (("-N", 2), ("--data", "./photo"), {}, "--data ./photo: there is no such file or folder"),
+        (("-N", 2), ("digits", "--strategy", "zero5"), {}, "unknown strategy zero5; did you mean zero3?"),
+    ],
+)
+def test_what_cannot_work_is_told_at_once(
+    cluster: Cluster, options: tuple[object, ...], words: tuple[str, ...], env: dict[str, str], message: str
+) -> None:
+    job = cluster.submit(*words, "--output_dir", cluster.folder / "refused", options=options, **env)
+    job.end("FAILED", seconds=20)
+    assert f"error: {message}" in job.log
+    assert not (cluster.folder / "refused" / "run.json").exists()
+
+
+def test_gpus_that_no_node_has_are_refused_by_sbatch(cluster: Cluster) -> None:
+    with pytest.raises(AssertionError, match="Requested node configuration is not available"):
+        cluster.submit("digits", options=("--gpus-per-node", 4))
+
+
+@pytest.mark.skipif(not os.environ.get("FAULTS"), reason="takes minutes: the limit of a job is in minutes; FAULTS=1")
+def test_the_warning_before_the_time_limit(cluster: Cluster) -> None:
+    folder = cluster.folder / "limit"
+    words = [*TRAINING, "--max_steps", 100_000, "--eval_steps", 50_000, "--output_dir", folder]
+    job = cluster.submit(*words, options=("--time", 2, "--signal=B:USR1@60"))
+    job.wait_until(lambda: "back into the queue" in job.log, 150)
+    assert status(folder)["by"] == "SIGUSR1" and committed(folder)[-1] == status(folder)["step"]
+    cluster.call("scancel", job.number)
+    job.end("CANCELLED", restarts=1)
