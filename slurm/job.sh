@@ -91,7 +91,7 @@ conclude() {  # conclude RUN CODE: what became of the training; returns if the j
   if [[ $run/status.json -nt $began ]]; then state=$(field "$run/status.json" state) by=$(field "$run/status.json" by); fi
   if ((code == 0)); then
     say 'complete'
-  elif [[ $state == preempted && (-n $warned || $by == --max_time) ]]; then
+  elif [[ $state == preempted && (-n $warned || $by == --max_time*) ]]; then
     requeue "after step $(field "$run/status.json" step)"
   elif [[ -n $warned && $state != @(failed|preempted|complete) ]]; then
     requeue 'before anything was to be saved'

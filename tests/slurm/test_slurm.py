@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -149,7 +150,7 @@ def test_a_warned_job_is_requeued_once_and_ends_with_the_same_bits(cluster: Clus
     job.warn()
     job.wait_until(lambda: "back into the queue" in job.log)
     facts = status(folder)
-    assert (facts["state"], facts["by"]) == ("preempted", "SIGUSR1") and committed(folder)[-1] == facts["step"] < 60
+    assert (facts["state"], facts["by"]) == ("preempted", "SIGUSR1 on rank 0") and committed(folder)[-1] == facts["step"] < 60
     job.end(restarts=1)
     assert fingerprint(folder) == fingerprint(undisturbed)
     assert len(set(wandb_ids(folder))) == 1
@@ -181,14 +182,14 @@ def test_a_job_that_another_partition_preempts_comes_back(cluster: Cluster, undi
 def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:
     folder = cluster.folder / "cancelled"
     words = ["-N", 2, "--time", 10, "train", *TRAINING, "--output_dir", folder]
-    told = cluster.call(shutil.which("python"), "-m", "vit_dist.cli", "slurm", *words)
+    told = cluster.call(sys.executable, "-m", "vit_dist.cli", "slurm", *words)
     found = re.search(r"job (\d+)", told)
     assert found, told
     job = Job(cluster, found[1])
     job.wait_until(reached(folder, 10))
     cluster.call("scancel", job.number)
     job.end("CANCELLED")
-    assert status(folder)["by"] == "SIGTERM" and committed(folder)[-1] == status(folder)["step"]
+    assert status(folder)["by"].startswith("SIGTERM") and committed(folder)[-1] == status(folder)["step"]
 
 
 def test_a_killed_rank_fails_the_job_and_is_named_last(cluster: Cluster) -> None:
@@ -239,7 +240,7 @@ def test_members_of_a_sweep_are_tasks_of_an_array(cluster: Cluster) -> None:
         (("-p", "gpu"), ("digits",), {}, "this job was given 2 GPUs on n3, but 0 can be used (there is no nvidia-smi)"),
         ((), ("digits",), {"NPROC_PER_NODE": ""}, "this job has no GPUs; ask for them (sbatch --gpus-per-node N)"),
         (("-N", 2), ("--data", "./photo"), {}, "--data ./photo: there is no such file or folder"),
-        (("-N", 2), ("digits", "--strategy", "zero5"), {}, "unknown strategy zero5; did you mean zero3?"),
+        (("-N", 2), ("digits", "--strategy", "zero5"), {}, "unknown strategy zero5; did you mean zero"),
     ],
 )
 def test_what_cannot_work_is_told_at_once(
@@ -262,6 +263,6 @@ def test_the_warning_before_the_time_limit(cluster: Cluster) -> None:
     words = [*TRAINING, "--max_steps", 100_000, "--eval_steps", 50_000, "--output_dir", folder]
     job = cluster.submit(*words, options=("--time", 2, "--signal=B:USR1@60"))
     job.wait_until(lambda: "back into the queue" in job.log, 150)
-    assert status(folder)["by"] == "SIGUSR1" and committed(folder)[-1] == status(folder)["step"]
+    assert status(folder)["by"].startswith("SIGUSR1") and committed(folder)[-1] == status(folder)["step"]
     cluster.call("scancel", job.number)
     job.end("CANCELLED", restarts=1)
