@@ -9,83 +9,24 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cluster import Cluster, Job
 from conftest import rows, run, write_checkpoint
 from lab import committed, fingerprint, status
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[2]
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
 TRAINING = (  # the model has no dropout, which differs by rank
     "digits", "--model", "vit", "--max_steps", 60, "--global_batch_size", 32, "--per_device_train_batch_size", 8,
     "--eval_strategy", "steps", "--eval_steps", 20, "--max_eval_samples", 40, "--max_predict_samples", 40,
     "--logging_steps", 5, "--report_to", "wandb",
 )  # fmt: skip
-
-
-class Cluster:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.env = {
-            **os.environ, "SLURM_CONF": str(folder.parent / "slurm" / "etc" / "slurm.conf"), "DEBIAN_HOSTS": "n1,n2",
-            "SHARE": str(folder.parent), "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1", "WANDB_MODE": "offline",
-        }  # fmt: skip
-
-    def control(self, verb: str, *words: object) -> str:
-        command = [Path(__file__).parent / "cluster.sh", verb, self.folder.parent / "slurm", *words]
-        return self.call(*command)
-
-    def call(self, *command: object) -> str:
-        done = subprocess.run(
-            list(map(str, command)), env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout
-
-    def submit(self, *words: object, script: str = "train.sh", options: tuple[object, ...] = (), **env: str) -> Job:
-        assigned = ",".join(["--export=ALL", *(f"{name}={value}" for name, value in env.items())])
-        told = self.call("sbatch", assigned, *options, ROOT / "slurm" / script, *words)
-        return Job(self, told.split()[-1])
-
-
-class Job:
-    def __init__(self, cluster: Cluster, number: str) -> None:
-        self.cluster, self.number, self.begun = cluster, number, time.monotonic()
-
-    @property
-    def log(self) -> str:
-        path = self.cluster.folder / f"vit_dist-{self.number}.log"
-        return path.read_text() if path.exists() else ""
-
-    def facts(self) -> dict[str, str]:
-        return dict(re.findall(r"(\w+)=(\S*)", self.cluster.call("scontrol", "show", "job", self.number)))
-
-    def wait_until(self, reached: Callable[[], Any], seconds: float = 150, over: bool = False) -> None:
-        """Until `reached`, which the job must live to see unless it may be `over`."""
-        end = time.monotonic() + seconds
-        while not reached():
-            state = self.facts()["JobState"]
-            alive = state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "REQUEUED", "NODE_FAIL")
-            assert over or alive or reached(), f"{state}\n{self.log}"
-            assert time.monotonic() < end, f"not reached in {seconds} s, {state}\n{self.log}"
-            time.sleep(0.1)
-
-    def end(self, state: str = "COMPLETED", restarts: int = 0, seconds: float = 150) -> None:
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-        self.wait_until(lambda: self.facts()["JobState"] in over, seconds, over=True)
-        facts = self.facts()
-        assert (facts["JobState"], int(facts["Restarts"])) == (state, restarts), f"{facts}\n{self.log}"
-
-    def warn(self) -> None:
-        self.cluster.call("scancel", "--batch", "--signal=USR1", self.number)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +91,9 @@ def test_a_warned_job_is_requeued_once_and_ends_with_the_same_bits(cluster: Clus
     job.warn()
     job.wait_until(lambda: "back into the queue" in job.log)
     facts = status(folder)
-    assert (facts["state"], facts["by"]) == ("preempted", "SIGUSR1 on rank 0") and committed(folder)[-1] == facts["step"] < 60
+    assert (facts["state"], facts["by"]) == ("preempted", "SIGUSR1 on rank 0") and committed(folder)[-1] == facts[
+        "step"
+    ] < 60
     job.end(restarts=1)
     assert fingerprint(folder) == fingerprint(undisturbed)
     assert len(set(wandb_ids(folder))) == 1
