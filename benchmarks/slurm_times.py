@@ -3,10 +3,10 @@
     PYTHONPATH=tests:tests/slurm python benchmarks/slurm_times.py [OUT.json]
 
 As root, with Debian's slurmctld, slurmd, slurm-client, munge and iproute2. Two nodes with a process each, namespaces of
-this machine (tests/slurm/cluster.sh), train a ViT of 24,000 parameters on the embedded digits; after a few steps the job
-is warned by `scancel --batch --signal=USR1`, as Slurm does it before a time limit. torchrun starts the same two
-processes beside it, without Slurm. Three rounds, in turn. A requeued job waits for Slurm: cred_expire + 1 s, 6 here and
-121 by Slurm's default; that is a part of the last figure.
+this machine (tests/slurm/cluster.sh), train a ViT of 24,000 parameters on the embedded digits. After a few steps
+the job is warned by `scancel --batch --signal=USR1`, which is what Slurm does before a time limit. torchrun starts the
+same two processes without Slurm. Three rounds, in turn. The last figure has the time in it that Slurm lets a requeued
+job wait: cred_expire + 1 s, 6 here and 121 by default.
 """
 
 from __future__ import annotations

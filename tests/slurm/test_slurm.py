@@ -195,6 +195,24 @@ def test_what_cannot_work_is_told_at_once(
     assert not (cluster.folder / "refused" / "run.json").exists()
 
 
+def test_the_gpus_of_a_node_get_a_process_each(cluster: Cluster) -> None:
+    smi = cluster.folder / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nprintf 'GPU 0: Test\\nGPU 1: Test\\n'\n")
+    smi.chmod(0o755)
+    path = f"{smi.parent}:{os.environ['PATH']}"
+    words = ["fsdp2", "digits", "--run_name", "a b", "--output_dir", cluster.folder / "gpus"]
+    job = cluster.submit("--strategy", *words, options=("-p", "gpu"), DRY_RUN="1", NPROC_PER_NODE="", PATH=path)
+    job.end()
+    assert "--num_processes 2 --num_machines 1" in job.log and "-m vit_dist.train digits --run_name a\\ b" in job.log
+    half = cluster.submit(
+        "--strategy", *words[:1], "digits", options=("-p", "gpu", "--oversubscribe", "--gpus-per-node", 1, "--mem", 500),
+        DRY_RUN="1", NPROC_PER_NODE="", PATH=path,
+    )  # fmt: skip
+    half.end("FAILED")
+    assert "error: fsdp2 has nothing to shard over with one process" in half.log
+
+
 def test_gpus_that_no_node_has_are_refused_by_sbatch(cluster: Cluster) -> None:
     with pytest.raises(AssertionError, match="Requested node configuration is not available"):
         cluster.submit("digits", options=("--gpus-per-node", 4))
