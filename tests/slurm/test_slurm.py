@@ -205,10 +205,8 @@ def test_the_gpus_of_a_node_get_a_process_each(cluster: Cluster) -> None:
     job = cluster.submit("--strategy", *words, options=("-p", "gpu"), DRY_RUN="1", NPROC_PER_NODE="", PATH=path)
     job.end()
     assert "--num_processes 2 --num_machines 1" in job.log and "-m vit_dist.train digits --run_name a\\ b" in job.log
-    half = cluster.submit(
-        "--strategy", *words[:1], "digits", options=("-p", "gpu", "--oversubscribe", "--gpus-per-node", 1, "--mem", 500),
-        DRY_RUN="1", NPROC_PER_NODE="", PATH=path,
-    )  # fmt: skip
+    part = ("-p", "gpu", "--oversubscribe", "--gpus-per-node", 1, "--mem", 500)
+    half = cluster.submit("--strategy", *words[:2], options=part, DRY_RUN="1", NPROC_PER_NODE="", PATH=path)
     half.end("FAILED")
     assert "error: fsdp2 has nothing to shard over with one process" in half.log
 
