@@ -3,6 +3,8 @@
 vit-dist train [RECIPE] [--flag value ...]     one process per visible GPU, or one on the CPU
 vit-dist plan [RECIPE] [--gpus N] [--nodes N]  what a run would do and need there; starts nothing
 vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what training would meet
+vit-dist fetch [RECIPE] [--bundle FOLDER]      bring model, data set and metrics into a folder, for machines without network
+vit-dist sync RUN [RUN ...]                    push what runs without network kept for Weights & Biases
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ VERBS = {
     "train": "fine-tune a Vision Transformer; `vit-dist train --help` lists its options",
     "plan": "show what a run would do and need on given GPUs; starts nothing, needs no GPU",
     "doctor": "check processes, data, caches, disk and network before a run, without training",
+    "fetch": "bring model, data set and metrics into a folder, for machines without a network",
+    "sync": "push what runs without a network kept for Weights & Biases",
 }
 
 # torchrun's options, which it reads from the environment: signals to pass on, and how long it waits for the processes
@@ -56,6 +60,14 @@ def _run(verb: str, argv: list[str]) -> int:
         from vit_dist.plan import main as plan
 
         return plan(argv)
+    if verb == "fetch":
+        from vit_dist.fetch import main as fetch
+
+        return fetch(argv)
+    if verb == "sync":
+        from vit_dist.sync import main as sync
+
+        return sync(argv)
     gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
     command = launch_command(argv, gpus, f"vit_dist.{verb}")
     if command is not None:
