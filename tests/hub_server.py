@@ -20,7 +20,7 @@ KINDS = ("models", "datasets", "spaces")
 
 class HubServer(http.server.ThreadingHTTPServer):
     """`downloads` counts how often the contents of each file (`datasets/user/name/path`) were sent; `requests` are all
-    of them. A change of a file is a new commit.
+    of them. A change of a file is a new commit. A download of `held` sets `reached`, and waits until `released` is set.
     """
 
     daemon_threads = True
@@ -30,6 +30,7 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.repositories: dict[str, Path] = {}
         self.downloads: Counter[str] = Counter()
         self.requests: list[str] = []
+        self.held, self.reached, self.released = "", threading.Event(), threading.Event()
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -83,7 +84,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.server.lock:
             self.server.requests.append(f"{self.command} {path}")
-        if api := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?(?:/(.*))?", path):
+        if api := re.fullmatch(
+            r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?(?:/(.*))?", path
+        ):
             kind, name, verb, revision, below = api.groups()
             self.api(f"{kind}/{name}", verb, revision, below or "", body)
         elif file := re.fullmatch(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -146,6 +149,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             with self.server.lock:
                 self.server.downloads[f"{repository}/{path}"] += 1
+            if self.server.held == f"{repository}/{path}":
+                self.server.reached.set()
+                self.server.released.wait(120)
         etag = f'"{self.server.oid(repository, path)}"'
         headers = {"X-Repo-Commit": self.server.commit(repository), "ETag": etag}
         self.reply(whole.read_bytes(), headers=headers)

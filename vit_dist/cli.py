@@ -3,8 +3,8 @@
 vit-dist train [RECIPE] [--flag value ...]     one process per visible GPU, or one on the CPU
 vit-dist plan [RECIPE] [--gpus N] [--nodes N]  what a run would do and need there; starts nothing
 vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what training would meet
-vit-dist fetch [RECIPE] [--bundle FOLDER]      bring model, data set and metrics into a folder, for machines without network
-vit-dist sync RUN [RUN ...]                    push what runs without network kept for Weights & Biases
+vit-dist fetch [RECIPE] [--bundle FOLDER]      what a run takes from the hub, into a folder for machines without network
+vit-dist sync RUN [RUN ...]                    what runs without network kept for Weights & Biases, pushed
 """
 
 from __future__ import annotations

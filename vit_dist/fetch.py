@@ -149,7 +149,9 @@ def _no_hub() -> UserError:
 
     if hub.HF_HUB_OFFLINE:
         return UserError("HF_HUB_OFFLINE is set, and fetch needs the Hugging Face hub; unset it")
-    return UserError(f"the hub cannot be reached from this machine ({hub.ENDPOINT}); run fetch where there is a network")
+    return UserError(
+        f"the hub cannot be reached from this machine ({hub.ENDPOINT}); run fetch where there is a network"
+    )
 
 
 def _is_there(folder: Path, wanted: Mapping[str, Any], now: Mapping[str, str]) -> bool:
@@ -291,10 +293,13 @@ def verify(folder: Path) -> None:
     """Compare every file of a bundle with its manifest. Raises UserError, naming what differs."""
     manifest = bundle.read(folder)
     differ = bundle.damages(folder, manifest)
-    found = {} if differ else _files(folder)
-    differ += [f"{name} was changed" for name, facts in manifest["files"].items() if name in found != facts]
+    if not differ:
+        found = _files(folder)
+        differ = [f"{name} was changed" for name, facts in manifest["files"].items() if found.get(name) != facts]
     if differ:
-        raise UserError(f"{folder}: {', '.join(differ[:5])}; {len(differ)} in all; delete the folder and fetch it again")
+        raise UserError(
+            f"{folder}: {', '.join(differ[:5])}; {len(differ)} in all; delete the folder and fetch it again"
+        )
     console.say(f"{folder}: all {len(manifest['files'])} files are as they were fetched")
 
 

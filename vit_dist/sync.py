@@ -73,9 +73,9 @@ def _require_wandb() -> None:
 
 def _push(attempt: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", str(attempt.resolve())], env=environ, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "wandb", "sync", str(attempt.resolve())]
+    where = attempt.parents[1]  # it logs into ./wandb
+    done = subprocess.run(command, env=environ, cwd=where, capture_output=True, text=True)
     if not _is_pushed(attempt):  # it leaves with 0 also where it could not
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
         raise UserError(f"{attempt}: wandb did not push it: {redact(lines[-1])}")
@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders (--output_dir of a training)")
+        parser.add_argument(
+            "runs", nargs="+", metavar="RUN", type=Path, help="run folders (--output_dir of a training)"
+        )
         sync(parser.parse_args(argv).runs)
         return 0
 
