@@ -42,11 +42,10 @@ class Server(FakeApi):
         if "query RunResumeStatus" not in query or not self.config:
             return super().answer(query, variables)
         last = json.dumps({"_step": len(self.placed) - 1})
-        bucket = {
-            "id": "b", "name": variables["name"], "tags": [],
-            "historyLineCount": len(self.placed), "historyTail": json.dumps([last]), "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0, "summaryMetrics": last,
-            "config": json.dumps(self.config), "wandbConfig": json.dumps({"t": self.config["_wandb"]["value"]["t"]}),
-        }  # fmt: skip
+        bucket: dict[str, Any] = {"id": "b", "name": variables["name"], "tags": [], "config": json.dumps(self.config)}
+        bucket |= {"historyLineCount": len(self.placed), "historyTail": json.dumps([last]), "summaryMetrics": last}
+        bucket |= {"eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0}
+        bucket["wandbConfig"] = json.dumps({"t": self.config["_wandb"]["value"]["t"]})
         entity = {"id": "e", "name": "team"}
         return {"model": {"id": "p", "name": "vit_dist", "entity": entity, "bucket": bucket}}
 
@@ -115,6 +114,24 @@ def test_attempts_become_one_run_in_order_and_once(
     assert sync.main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run}: 3 of 3 attempts were pushed before\n"
     assert len(api.upserts) == asked
+
+
+def test_an_attempt_that_was_killed_is_pushed_as_far_as_it_goes(
+    run: Path, api: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, third = attempts(run)
+    (log,) = (run / "wandb" / second).glob("*.wandb")
+    log.write_bytes(log.read_bytes()[:-700])
+    assert sync.main([str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{run}: pushed {first}",
+        f"{run}: pushed {second}, whose end is missing: the job was killed",
+        f"{run}: pushed {third}",
+    ]
+    rows = [api.placed[line] for line in range(len(api.placed))]
+    assert rows == sorted(rows) and set(rows) >= {1, 7, 8, 13, 16}
+    assert sync.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}: 3 of 3 attempts were pushed before\n"
 
 
 def test_what_may_still_grow_is_left_for_later(run: Path, api: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def fetch(argv: Sequence[str]) -> None:
     folder = Path(os.path.abspath(Path(asked.bundle or f"bundles/{_name(config)}").expanduser()))
     wanted = bundle.needs(config)
     local = _local(config)
-    now = {kind: _commit(kind, config) for kind in ("data", "model") if kind in wanted}
+    now: dict[str, str] = {kind: _commit(kind, config) for kind in ("data", "model") if kind in wanted}
     if _is_there(folder, wanted, now):
         console.say(f"{folder}: whole, and the hub has nothing newer; nothing to do")
     else:

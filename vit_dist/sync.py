@@ -19,6 +19,9 @@ from vit_dist.errors import UserError
 from vit_dist.owner import owned
 from vit_dist.redact import redact
 
+# wandb has then sent all whole records, and leaves the attempt without its mark: it may be written yet.
+CUT_SHORT = "ends with an incomplete record"
+
 
 def sync(runs: Sequence[Path]) -> None:
     """Push each attempt that wandb has not marked as pushed, the oldest first; all attempts of a run are one W&B run,
@@ -37,8 +40,7 @@ def sync(runs: Sequence[Path]) -> None:
         if attempts and attempts[-1] == kept[run][-1] and (reason := _in_use(run)):
             console.say(f"{run}: {attempts.pop().name} is left for later: {reason}")
         for attempt in attempts:
-            _push(attempt)
-            console.say(f"{run}: pushed {attempt.name}")
+            console.say(f"{run}: pushed {attempt.name}{_push(attempt)}")
 
 
 def _attempts(run: Path) -> list[Path]:
@@ -71,14 +73,21 @@ def _require_wandb() -> None:
         raise UserError(f"W&B cannot be reached ({problem}); run this where there is a network")
 
 
-def _push(attempt: Path) -> None:
+def _push(attempt: Path) -> str:
+    """What there is to say of it. Raises UserError if it was not pushed."""
     environ = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
     command = [sys.executable, "-m", "wandb", "sync", str(attempt.resolve())]
     where = attempt.parents[1]  # it logs into ./wandb
     done = subprocess.run(command, env=environ, cwd=where, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    if not _is_pushed(attempt) and CUT_SHORT in said:
+        for log in attempt.glob("*.wandb"):
+            log.with_suffix(".wandb.synced").touch()
+        return ", whose end is missing: the job was killed"
     if not _is_pushed(attempt):  # it leaves with 0 also where it could not
-        lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+        lines = said.strip().splitlines() or [f"exit code {done.returncode}"]
         raise UserError(f"{attempt}: wandb did not push it: {redact(lines[-1])}")
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):
