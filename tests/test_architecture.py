@@ -92,8 +92,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {
         "arguments", "attempts", "batch", "bundle", "callbacks.watchdog", "checkpoint.writer", "errors", "failure",
-        "owner", "stop", "config", "console", "distributed", "entry", "data.pipeline", "metrics.__init__", "model", "results",
-        "strategy", "summary", "trackers", "trainer",
+        "owner", "stop", "config", "console", "distributed", "entry", "data.pipeline", "metrics.__init__", "model",
+        "results", "strategy", "summary", "trackers", "trainer",
     },
     "checks": {
         "bundle", "files", "config", "console", "distributed", "errors", "callbacks.wandb", "data.hub", "data.pipeline",

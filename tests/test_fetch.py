@@ -159,23 +159,21 @@ def test_killed_it_leaves_no_bundle_and_goes_on_with_what_it_had(hub: HubServer,
     assert {path.name for path in tmp_path.iterdir()} == {"b", ".b.lock"}
 
 
-def test_local_files_are_named_and_not_copied(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
-    done = run("fetch", "--data", photos, "--model", checkpoint, "--bundle", tmp_path / "b", module="vit_dist.cli")
+def test_local_files_are_named_and_not_copied(
+    tmp_path: Path, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    done = run("fetch", "digits", "--data", photos, "--model", checkpoint, module="vit_dist.cli")
+    folder = tmp_path / "bundles" / "digits"  # of the recipe
     assert done.stdout.splitlines() == [
-        f"{tmp_path}/b: nothing is needed from the hub; 0 files, 0.0 MB",
+        f"{folder}: nothing is needed from the hub; 0 files, 0.0 MB",
         f"not copied, the nodes must see it: {photos}",
         f"not copied, the nodes must see it: {checkpoint}",
-        f"run with it: VIT_DIST_BUNDLE={tmp_path}/b",
+        f"run with it: VIT_DIST_BUNDLE={folder}",
     ]
-    assert bundle.read(tmp_path / "b")["not_copied"] == [str(photos), str(checkpoint)]
-
-
-def test_the_default_recipe_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    done = run("fetch", "digits", module="vit_dist.cli")
-    assert done.stdout.startswith(f"{tmp_path}/bundles/digits: nothing is needed from the hub")
-    assert [path.name for path in (tmp_path / "bundles" / "digits").iterdir()] == ["manifest.json"]
+    assert bundle.read(folder)["not_copied"] == [str(photos), str(checkpoint)]
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +220,8 @@ def test_a_hub_that_does_not_answer_or_has_only_pickles(hub: HubServer, tmp_path
     assert not (tmp_path / "b").exists()
 
 
-def test_weights_in_several_files(hub: HubServer, tmp_path: Path) -> None:
+def test_weights_in_several_files_and_pictures_in_files(hub: HubServer, tmp_path: Path) -> None:
+    """Pictures are in the bundle themselves: `datasets` would keep paths into the cache of the machine that fetched."""
     from transformers import ViTForImageClassification
 
     whole = hub.repositories["models/lab/vit"]
@@ -231,14 +230,9 @@ def test_weights_in_several_files(hub: HubServer, tmp_path: Path) -> None:
     shards = {path.name for path in sharded.glob("model-*.safetensors")}
     assert len(shards) > 1
     hub.add("models", "lab/sharded", sharded)
-    bring(hub, tmp_path / "b", "--data", "digits", "--model", "lab/sharded")
-    assert shards < {path.name for path in (tmp_path / "b").rglob("*.safetensors*")}
-
-
-def test_pictures_in_files_are_in_the_bundle_themselves(hub: HubServer, tmp_path: Path) -> None:
-    """Converted by `datasets` they would be paths into the cache of the machine that fetched them."""
-    bring(hub, tmp_path / "b", "--data", "lab/pictures", "--model", "tiny")
+    bring(hub, tmp_path / "b", "--data", "lab/pictures", "--model", "lab/sharded")
     moved = (tmp_path / "b").rename(tmp_path / "moved")
+    assert {path.name for path in moved.rglob("*.safetensors*")} == {*shards, "model.safetensors.index.json"}
     table = datasets.load_from_disk(str(moved / bundle.DATA))["train"].cast_column(
         "image", datasets.Image(decode=False)
     )
