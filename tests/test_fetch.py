@@ -256,8 +256,8 @@ def online(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_processes_of_a_node_download_each_file_once(online: Path) -> None:
     downloads = json.loads((online / "downloads.json").read_text())
-    weights_and_images = {name: count for name, count in downloads.items() if not name.startswith("spaces/")}
-    assert set(weights_and_images.values()) == {1} and len(weights_and_images) == 5, downloads
+    downloads.pop("spaces/evaluate-metric/mine/mine.py")  # 1 KB; evaluate's lock does not keep the second from it
+    assert set(downloads.values()) == {1} and len(downloads) == 5, downloads
 
 
 SEALED = {  # launcher, processes, what reports
