@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 import psutil
 import pytest
-from conftest import command, losses, run, write_checkpoint, write_photos
+from conftest import command, losses, results, run, write_checkpoint, write_photos
 from hub_server import HubServer
 from test_source import hub_table
 
@@ -297,6 +297,7 @@ def test_a_sealed_run_is_the_same_and_tries_to_reach_nobody(
     record, other = (json.loads((path / "run" / "run.json").read_text()) for path in (tmp_path, online))
     assert record["data"] == other["data"]
     assert losses(tmp_path / "run") == pytest.approx(losses(online / "run"), abs=1e-5)
+    assert results(tmp_path / "run")["eval_mine"] == 7.0
     if report_to == "wandb":
         assert "W&B: offline (WANDB_MODE=offline)" in done.stdout
         assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == 1

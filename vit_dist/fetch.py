@@ -233,7 +233,8 @@ def _fetch_model(made: Path, config: Config) -> str:
             raise UserError(f"model {options.model}: no safetensors weights there; pickled weights are not loaded")
     snapshot = Path(snapshot_download(options.model, revision=revision, allow_patterns=names))
     repository = snapshot.parents[1]
-    shutil.copytree(repository, made / bundle.HUB_CACHE / repository.name, symlinks=True)
+    copy, unfinished = made / bundle.HUB_CACHE / repository.name, shutil.ignore_patterns("*.incomplete")
+    shutil.copytree(repository, copy, symlinks=True, ignore=unfinished)
     return snapshot.name
 
 
@@ -253,8 +254,9 @@ def _fetch_metrics(made: Path, work: Path, names: Sequence[str]) -> None:
     """Through the code that training loads them with; of its cache, what belongs to these metrics."""
     from vit_dist.metrics import ClassificationMetrics
 
-    ClassificationMetrics(["a", "b", "c"], names)
     modules = work / Path(bundle.MODULES).relative_to("hf")
+    remove(modules)  # of an earlier try, maybe of another version
+    ClassificationMetrics(["a", "b", "c"], names)
     for name in names:
         folders = [modules / "metrics" / name.replace("/", "--"), *modules.glob(f"metrics/evaluate-*--{name}")]
         for folder in filter(Path.is_dir, folders):
