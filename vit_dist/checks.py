@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from vit_dist import console, distributed
+from vit_dist import bundle, console, distributed
 from vit_dist.config import Config
 from vit_dist.errors import UserError
 from vit_dist.files import nearest_folder
@@ -187,6 +187,8 @@ def _in_datasets_cache(config: Config) -> bool:
     from vit_dist.data.hub import datasets_cache, offline
 
     options = config.data
+    if bundle.opened() is not None:
+        return True  # `bundle.check` was asked before
     with offline(True), contextlib.suppress(Exception):  # whatever a broken cache leads to
         folder = datasets_cache(options.cache_dir)
         datasets.load_dataset_builder(

@@ -5,11 +5,14 @@ vit-dist plan [RECIPE] [--gpus N] [--nodes N]  what a run would do and need ther
 vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what training would meet
 vit-dist sweep SWEEP.yaml [--run N]            the members of a sweep and what became of them; trains one
 vit-dist slurm [options of the job] VERB ...   the same as a job of a cluster: VERB is train, doctor or sweep
+vit-dist fetch [RECIPE] [--bundle FOLDER]      what a run takes from the hub, into a folder for machines without network
+vit-dist sync RUN [RUN ...]                    what runs without network kept for Weights & Biases, pushed
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +25,11 @@ VERBS = {
     "doctor": "check processes, data, caches, disk and network before a run, without training",
     "sweep": "show a sweep's members and what became of them, or train one here",
     "slurm": "check a command on the login node and submit it as a job; --print shows the job",
+    "fetch": "bring model, data set and metrics into a folder, for machines without a network",
+    "sync": "push what runs without a network kept for Weights & Biases",
 }
+
+ALONE = ("plan", "slurm", "fetch", "sync")  # in this process, whatever GPUs there are
 
 # torchrun's options, which it reads from the environment: signals to pass on, and how long it waits for the processes
 # to commit a checkpoint before it kills them (seconds). launch/topology.sh has the same.
@@ -56,29 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, argv: list[str]) -> int:
     """Start one process per visible GPU, or go on in this one if there is at most one or a launcher is at work."""
-    if verb == "plan":
-        from vit_dist.plan import main as plan
-
-        return plan(argv)
     if verb == "sweep":
         from vit_dist.sweep import main as sweep
 
         return sweep(argv, lambda arguments: _run("train", arguments))
-    if verb == "slurm":
-        from vit_dist.slurm import main as slurm
-
-        return slurm(argv)
+    module = importlib.import_module(f"vit_dist.{verb}")  # a second or more, of which the others need nothing
+    if verb in ALONE:
+        return module.main(argv)
     gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
     command = launch_command(argv, gpus, f"vit_dist.{verb}")
     if command is not None:
         os.environ.update({**FOR_LAUNCHERS, **os.environ})
         os.execv(command[0], command)
-    if verb == "doctor":
-        from vit_dist.doctor import main as run
-    else:
-        from vit_dist.train import main as run
-
-    return run(argv)
+    return module.main(argv)
 
 
 def launch_command(argv: list[str], gpus: int, module: str = "vit_dist.train") -> list[str] | None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from vit_dist import attempts, checks, console, distributed, entry
+from vit_dist import attempts, bundle, checks, console, distributed, entry
 from vit_dist.batch import split_batch
 from vit_dist.checks import MIB, Job, Process, Result
 from vit_dist.config import Config, load_config
@@ -51,6 +51,7 @@ def doctor(config: Config) -> bool:
     from vit_dist import strategy
     from vit_dist.arguments import build_arguments
 
+    bundle.check(config)
     idle_gpus = distributed.use_one_device()
     precision = tried(checks.check_precision, config)
     batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))

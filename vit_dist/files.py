@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ def seal(facts: Mapping[str, Any]) -> dict[str, Any]:
 def is_sealed(facts: Mapping[str, Any]) -> bool:
     """Whether they are as `seal` left them."""
     return facts.get(SEAL) == _digest({key: value for key, value in facts.items() if key != SEAL})
+
+
+def sha256(file: Any, progress: Callable[[], None] = lambda: None) -> str:
+    """Digest of an open binary file (hex); `progress` is called as it is read."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+        progress()
+    return digest.hexdigest()
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vit_dist import console, run_folder
+from vit_dist import bundle, console, run_folder
 from vit_dist.batch import Batch, scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
@@ -155,6 +155,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.schedule import curve, describe_rate, total_steps, warmup_steps
     from vit_dist.trainer import require_metric
 
+    bundle.check(config)
     batch = split_batch(config, machines.processes)
     rate = scaled_learning_rate(config, batch)
     quick = replace(config.data, verify_images=False)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_dist import attempts, console, entry
+from vit_dist import attempts, bundle, console, entry
 from vit_dist.config import Config, load_config
 from vit_dist.data.source import find, looks_like_path
 from vit_dist.errors import UserError
@@ -20,6 +20,7 @@ from vit_dist.errors import UserError
 
 def check(config: Config) -> None:
     """Raises UserError for what every process of the run would stumble over, one after another or all at once."""
+    bundle.check(config)
     attempts.check(config)
     find(config.data.data)
     model = Path(config.model.model).expanduser()

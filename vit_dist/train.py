@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vit_dist import attempts, console, distributed, entry, run_folder, stop
+from vit_dist import attempts, bundle, console, distributed, entry, run_folder, stop
 from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.owner import owned
@@ -36,6 +36,7 @@ def train(config: Config) -> None:
     from vit_dist.arguments import build_arguments
 
     stop.listen(config.max_time)
+    bundle.check(config)
     attempts.check(config)
     run_folder.keep_output(config.output_dir, distributed.launched_rank())
     idle_gpus = distributed.use_one_device()

@@ -11,7 +11,6 @@ The guarantees are those of a local file system and need `rename` to be atomic a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_dist.files import is_sealed, seal, sync_folder, sync_folders
+from vit_dist.files import is_sealed, seal, sha256, sync_folder, sync_folders
 
 MANIFEST = "manifest.json"
 STAGING, TRASH = ".staging", ".trash"
@@ -73,7 +72,7 @@ def settle(path: Path, progress: Callable[[], None] = lambda: None) -> dict[str,
     """
     os.chmod(path, 0o664 & ~_UMASK)  # safetensors makes its files readable for their owner only
     with path.open("rb") as file:
-        digest = _digest(file, progress)
+        digest = sha256(file, progress)
         os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
@@ -193,7 +192,7 @@ def damage(checkpoint: Path) -> str | None:
     for name, expected in manifest["files"].items():
         try:
             with (checkpoint / name).open("rb") as file:
-                digest = _digest(file)
+                digest = sha256(file)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if digest != expected["sha256"]:
@@ -215,11 +214,3 @@ def untrusted(path: Path) -> str | None:
 
 def _files(folder: Path) -> Iterator[str]:
     return (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-
-
-def _digest(file: Any, progress: Callable[[], None] = lambda: None) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-        progress()
-    return digest.hexdigest()

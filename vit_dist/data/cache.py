@@ -21,7 +21,9 @@ def cache_folder(cache_dir: str | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to the cache {folder} ({error.strerror}): pass --cache_dir") from error
+        raise UserError(
+            f"cannot write to the cache {folder} ({error.strerror}): pass --cache_dir or set HF_HOME"
+        ) from error
     return folder
 
 
@@ -35,7 +37,9 @@ def locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except OSError as error:
-        raise UserError(f"cannot write to the cache {path.parent} ({error}): pass --cache_dir") from error
+        raise UserError(
+            f"cannot write to the cache {path.parent} ({error}): pass --cache_dir or set HF_HOME"
+        ) from error
     try:
         yield
     finally:

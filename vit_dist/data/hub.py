@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import datasets
 
+from vit_dist import bundle
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ _TIMEOUT = 10.0  # seconds
 def load_hub(data: str, options: DataOptions) -> tuple[dict[str, datasets.Dataset], str | None]:
     """A data set on the Hugging Face hub, or one that was downloaded before if the hub cannot be reached.
 
-    Its splits by name, and its commit if known. Raises `UserError` within seconds if it cannot be had.
+    Its splits by name, and its commit if known. A sealed process (`bundle`) has it from its bundle. Raises
+    `UserError` within seconds if it cannot be had.
     """
+    if (folder := bundle.opened()) is not None:
+        return _bundled(folder, data)
     commit, unreachable = hub_commit(data, options.data_revision)
     try:
         with offline(unreachable):
@@ -43,6 +47,16 @@ def load_hub(data: str, options: DataOptions) -> tuple[dict[str, datasets.Datase
         raise UserError(f"--data {data}: the Hugging Face hub has it, but: {first_line(error)}") from error
     commit = commit or (builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None)
     return dict(splits), commit
+
+
+def _bundled(folder: Path, data: str) -> tuple[dict[str, datasets.Dataset], str]:
+    facts = bundle.read(folder)["data"]
+    if facts is None or facts["name"] != data:
+        raise UserError(f"--data {data}: no such path exists here, and the bundle {folder} does not hold it")
+    try:
+        return dict(datasets.load_from_disk(str(folder / bundle.DATA))), facts["commit"]
+    except Exception as error:  # whatever a damaged file leads to
+        raise UserError(f"cannot read {folder / bundle.DATA}: {first_line(error)}") from error
 
 
 def hub_commit(data: str, revision: str | None) -> tuple[str | None, bool]:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction
 
+from vit_dist import bundle
 from vit_dist.errors import UserError
 
 logger = logging.getLogger("vit_dist")
@@ -110,16 +112,34 @@ class ClassificationMetrics:
 
 @functools.cache
 def _writable_cache() -> tempfile.TemporaryDirectory | None:
-    """`evaluate` imports a copy of a module from its cache; where that is read-only, from a temporary folder."""
+    """`evaluate` imports a copy of a module from its cache; where that is read-only, from a temporary folder.
+
+    So does a sealed process (`bundle`), with the metrics of its bundle in that folder and no others.
+    """
+    caches = (evaluate.config.HF_MODULES_CACHE, evaluate.config.HF_METRICS_CACHE)
+    sealed = bundle.opened()
+    if sealed is None and all(map(_can_be_written, caches)):
+        return None
+    temporary = tempfile.TemporaryDirectory(prefix="vit_dist_metrics_")
+    evaluate.config.HF_MODULES_CACHE = evaluate.config.HF_METRICS_CACHE = Path(temporary.name)
+    if sealed is None:
+        return temporary
+    evaluate.logging.set_verbosity_error()  # that a metric is from the cache is as it should be
+    for path in (sealed / bundle.MODULES).rglob("*"):
+        copy = Path(temporary.name, Path(bundle.MODULES).name, path.relative_to(sealed / bundle.MODULES))
+        if path.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    return temporary  # kept alive by the cache of this function, removed at exit
+
+
+def _can_be_written(folder: str | Path) -> bool:
     try:
-        for folder in (evaluate.config.HF_MODULES_CACHE, evaluate.config.HF_METRICS_CACHE):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError:
-        temporary = tempfile.TemporaryDirectory(prefix="vit_dist_metrics_")
-        evaluate.config.HF_MODULES_CACHE = evaluate.config.HF_METRICS_CACHE = Path(temporary.name)
-        return temporary  # kept alive by the cache of this function, removed at exit
-    return None
+        return False
+    return True
 
 
 def _load_shipped(name: str) -> evaluate.EvaluationModule:
