@@ -183,6 +183,7 @@ def test_members_of_a_sweep_are_tasks_of_an_array(cluster: Cluster) -> None:
         (("-p", "gpu"), ("digits",), {}, "this job was given 2 GPUs on n3, but 0 can be used (there is no nvidia-smi)"),
         ((), ("digits",), {"NPROC_PER_NODE": ""}, "this job has no GPUs; ask for them (sbatch --gpus-per-node N)"),
         (("-N", 2), ("--data", "./photo"), {}, "--data ./photo: there is no such file or folder"),
+        (("-N", 2), ("digits",), {"VIT_DIST_BUNDLE": "/nowhere"}, "the bundle /nowhere does not exist on this machine"),
         (("-N", 2), ("digits", "--strategy", "zero5"), {}, "unknown strategy zero5; did you mean zero"),
     ],
 )
