@@ -82,15 +82,15 @@ def main() -> None:
         cluster = Cluster(folder)
         cluster.control("start")
         try:
+            slurm = cluster.call("sinfo", "--version").strip()
             for number in range(ROUNDS):
                 times = {"torchrun to first step, without Slurm": by_torchrun(cluster, folder / f"torchrun-{number}")}
                 for name, seconds in (times | by_slurm(cluster, folder / f"slurm-{number}")).items():
                     measured.setdefault(name, []).append(seconds)
         finally:
             cluster.control("stop")
-    version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     record(
-        __file__, next(iter(sys.argv[1:]), None), ("torch", "transformers", "accelerate"), slurm=version,
+        __file__, next(iter(sys.argv[1:]), None), ("torch", "transformers", "accelerate"), slurm=slurm,
         python=sys.version.split()[0], load=os.getloadavg()[0],
         seconds={name: {"rounds": times, "median": statistics.median(times)} for name, times in measured.items()},
     )  # fmt: skip
