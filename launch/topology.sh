@@ -73,7 +73,9 @@ topology() {
   if [[ -n ${MASTER_PORT:-} ]]; then whole MASTER_PORT 1 65535; fi
 
   visible_gpus
-  if ((${GPUS_PER_NODE:-0} > GPUS)); then
+  GPUS_PER_NODE=${GPUS_PER_NODE:-0}
+  whole GPUS_PER_NODE 0 9999
+  if ((GPUS_PER_NODE > GPUS)); then
     fail "this job was given $GPUS_PER_NODE GPUs on $HOSTNAME, but $GPUS can be used (${NO_GPU:-nvidia-smi lists no more});" \
       "leave this node out, and tell those who run it"
   fi
@@ -171,6 +173,7 @@ start() {  # start COMMAND...: in place of this shell, so that signals reach it;
   fi
   # Both launchers set 1 thread a process unless told otherwise, which leaves most cores of a CPU machine idle.
   cores=$(nproc)
+  if [[ -n ${VIT_DIST_CPUS:-} ]]; then whole VIT_DIST_CPUS 1 99999; fi
   if ((${VIT_DIST_CPUS:-$cores} < cores)); then cores=$VIT_DIST_CPUS; fi
   cores=$((cores / NPROC_PER_NODE))
   command+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}" "$@")

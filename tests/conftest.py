@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -40,6 +41,20 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             del os.environ[name]
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def own_process() -> Iterator[None]:
+    """Undo what a verb did to this process: an ignored signal would be ignored by all that is started later."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    logger = logging.getLogger("vit_dist")
+    told = logger.handlers, logger.propagate, logger.level
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    logger.handlers, logger.propagate = told[:2]
+    logger.setLevel(told[2])
 
 
 def write_photos(root: Path, splits: dict[str, int], seed: int = 0) -> Path:

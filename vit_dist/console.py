@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 logger = logging.getLogger("vit_dist")
 
 SECONDS_BETWEEN_LINES = 5.0
+# Batch systems and terminals signal every process of a job; this one ends when nobody can write to it any more.
+OUTLIVE = """trap '' TERM INT HUP USR1 USR2; exec tee -a "$1" """
 
 
 def set_up(rank: int) -> None:
@@ -47,18 +48,12 @@ def keep(path: Path) -> None:
 
     By `tee`, outside of this process, so that the last words of one that is killed are kept too.
     """
-    tee = subprocess.Popen(["tee", "-a", path], stdin=subprocess.PIPE, preexec_fn=_outlive)
+    tee = subprocess.Popen(["sh", "-c", OUTLIVE, "tee", path], stdin=subprocess.PIPE)
     assert tee.stdin is not None
     sys.stdout.flush()
     os.dup2(tee.stdin.fileno(), 1)
     os.dup2(tee.stdin.fileno(), 2)
     tee.stdin.close()
-
-
-def _outlive() -> None:
-    """Batch systems and terminals signal every process of a job; this one ends when nobody can write to it any more."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
