@@ -28,7 +28,7 @@ def test_nothing_given_is_the_embedded_default() -> None:
     config = load_config([])
     assert (config.data.data, config.model.model) == ("digits", "tiny")
     assert str(config.output_dir) == "runs/digits"
-    assert not config.data.random_resized_crop and not config.data.horizontal_flip
+    assert config.data.crop_min_scale == 0.6 and not config.data.horizontal_flip
 
 
 def test_data_alone_takes_the_package_defaults() -> None:

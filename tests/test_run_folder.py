@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--learning_rate", "5e-2"], "learning_rate 0.001 -> 0.05"),
+        (["--learning_rate", "5e-2"], "learning_rate 0.002 -> 0.05"),
         (["--model", "other"], "model 'tiny' -> 'other'"),
         (["--data", "/photos"], "data 'digits' -> '/photos'"),
         (["--seed", "1"], "seed 42 -> 1"),
@@ -324,7 +324,7 @@ def test_a_damaged_record_lets_nothing_through(tmp_path: Path, damage: str) -> N
     before = path.read_text()
     path.write_text(DAMAGES[damage](before))
     assert path.read_text() != before
-    with pytest.raises(UserError, match=r"learning_rate 0.001 -> 0.5"):
+    with pytest.raises(UserError, match=r"learning_rate 0.002 -> 0.5"):
         begin(folder, "--learning_rate", "0.5")
     with pytest.raises(UserError, match="global batch of 64 images, this launch makes 128"):
         begin(folder, global_batch_size=128)
@@ -358,11 +358,11 @@ def test_killed_while_an_allowed_change_was_written(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(attempts, "write_json", killed)
         begin(folder, *change)
-    with pytest.raises(UserError, match=r"learning_rate 0.001 -> 0.5"):
+    with pytest.raises(UserError, match=r"learning_rate 0.002 -> 0.5"):
         begin(folder, "--learning_rate", "0.5")
     begin(folder, *change)
     (recorded,) = json.loads((folder / "run.json").read_text())["changes"]
-    assert (recorded["key"], recorded["before"], recorded["now"]) == ("learning_rate", 0.001, 0.5)
+    assert (recorded["key"], recorded["before"], recorded["now"]) == ("learning_rate", 0.002, 0.5)
 
 
 @pytest.mark.parametrize("key", ["metric_for_best_model", "greater_is_better"])
