@@ -35,14 +35,14 @@ if [[ -f $hosts_from ]]; then
 elif [[ $hosts_from == */* ]]; then
   fail "there is no file $hosts_from; give hosts as node1,node2, or a file with one a line"
 else
-  IFS=, read -ra hosts <<<"$hosts_from"
+  IFS=$', \t\n' read -rd '' -a hosts <<<"$hosts_from" || true  # so "$(cat hosts.txt)" does as well
 fi
 ((${#hosts[@]})) || fail "$hosts_from names no host"
 declare -A seen=()
 for host in "${hosts[@]}"; do
   [[ $host =~ ^[[:alnum:]_][[:alnum:]_.@:%-]*$ ]] || fail "'$host' in $hosts_from is no host; give [user@]host, nothing else"
-  [[ -z ${seen[$host]:-} ]] || fail "$host is listed twice in $hosts_from; a host is one node, with all its processes"
-  seen[$host]=1
+  [[ -z ${seen[${host#*@}]:-} ]] || fail "${host#*@} is listed twice in $hosts_from; a host is one node, with all its processes"
+  seen[${host#*@}]=1
 done
 
 ssh=(ssh)

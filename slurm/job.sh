@@ -6,12 +6,14 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 say() { printf '%s job %s: %s\n' "$(date +%FT%T)" "$VIT_DIST_JOB_ID" "$*"; }
 field() { sed -n "s/^  \"$2\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}$/\1/p" "$1" 2>/dev/null | head -n 1; }  # of a file of ours
 
-warned='' step=''
+step='' told=''  # the step that runs, and the one that was told of a warning
 on_warning() {  # Slurm takes the machines back soon: --signal, preemption, or scancel --batch --signal=USR1
-  [[ -z $warned ]] || return 0
+  if [[ -z $warned ]]; then say 'warned by Slurm; the training saves what it has'; fi
   warned=1
-  say 'warned by Slurm; the training saves what it has'
-  if [[ -n $step ]]; then kill -USR1 "$step" 2>/dev/null || true; fi
+  if [[ -n $step && $told != "$step" ]]; then  # once: a launcher that is told twice leaves its processes
+    told=$step
+    kill -USR1 "$step" 2>/dev/null || true
+  fi
 }
 
 in_job() {  # in_job COMMAND...: in the job's container, if it has one, on its nodes; this shell goes on
@@ -20,16 +22,23 @@ in_job() {  # in_job COMMAND...: in the job's container, if it has one, on its n
     container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD"
       "--container-mounts=${CONTAINER_MOUNTS:-$PWD:$PWD,$root:$root}")
   fi
-  srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=none "${container[@]}" "$@" &
+  if command -v srun >/dev/null; then
+    srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=none "${container[@]}" "$@" &
+  else
+    while [[ $1 == --* ]]; do shift; done  # srun's
+    "$@" &
+  fi
   step=$!
+  if [[ -n $warned ]]; then on_warning; fi  # it came before there was a step to tell
 }
 
-ask() {  # ask MODULE [--flag value ...]: what a module of vit_dist prints, in the file $answer; ends if it fails
+ask() {  # ask COMMAND...: what it prints on the first node, in the file $answer; ends if it fails
   local code=0
-  in_job --nodes=1 --ntasks=1 "$root/launch/module.sh" "$@" >"$answer"
+  in_job --nodes=1 --ntasks=1 "$@" >"$answer"
   attend || code=$?
   if [[ -n $warned ]]; then requeue 'before the training began'; fi
   ((code == 0)) || exit "$code"
+  [[ -s $answer ]] || fail "no answer from the first node; is ${TMPDIR:-/tmp} full on $HOSTNAME?"
 }
 
 attend() {  # attend: the exit code of the step, whatever signals come meanwhile
@@ -43,13 +52,15 @@ attend() {  # attend: the exit code of the step, whatever signals come meanwhile
 }
 
 begin() {  # call first
-  command -v srun >/dev/null || fail 'there is no srun here; give a container as CONTAINER_IMAGE, not to sbatch'
+  command -v srun >/dev/null || ((SLURM_JOB_NUM_NODES == 1)) ||
+    fail 'there is no srun here, and several nodes need it; give a container as CONTAINER_IMAGE, not to sbatch'
   # One name for all starts of a job, and one for each member of an array.
   export VIT_DIST_JOB_ID=$SLURM_JOB_ID
   if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then VIT_DIST_JOB_ID=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-  answer=$(mktemp)
+  answer=$(mktemp) || fail "no file can be made in ${TMPDIR:-/tmp} on $HOSTNAME"
   trap 'rm -f "$answer"' EXIT
   trap on_warning USR1
+  trap : TERM  # the processes hear it from Slurm; this shell lives on to say what became of them
   say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, ${SLURM_GPUS_ON_NODE:-0} GPUs on the first node"
 }
 
@@ -59,6 +70,7 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
     case $1 in
       --strategy) (($# > 1)) || fail '--strategy needs a name'; strategy=$2; shift ;;
       --strategy=*) strategy=${1#*=} ;;
+      -h | --help) in_job --nodes=1 --ntasks=1 "$root/launch/module.sh" train --help; attend; exit ;;
       *) arguments+=("$1") ;;
     esac
     shift
@@ -67,9 +79,14 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then size+=("--gres=gpu:$SLURM_GPUS_ON_NODE"); fi  # else a step sees none
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then size+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
 
-  if [[ $verb == train ]]; then  # what is wrong with the command is said once, and before all nodes load libraries
-    ask preflight "${arguments[@]}"
+  # What is wrong is said once, by the first node, and before all of them load libraries.
+  ((${SLURM_GPUS_ON_NODE:-0} > 0)) || [[ -n ${NPROC_PER_NODE:-} ]] ||
+    fail 'this job has no GPUs; ask for them (sbatch --gpus-per-node N), or train on CPUs: NPROC_PER_NODE=N sbatch ...'
+  DRY_RUN=1 ask "${size[@]}" "$root/slurm/node.sh" "$strategy" "$verb" "${arguments[@]}"
+  if [[ $verb == train ]]; then
+    ask "$root/launch/module.sh" preflight "${arguments[@]}"
     run=$(tail -n 1 "$answer")
+    [[ $run == /* ]] || fail "the check of the command names no run folder but '$run'"
     logs=$run/jobs/$VIT_DIST_JOB_ID
     mkdir -p "$logs"
     output=$(readlink -f "/proc/$$/fd/1")
@@ -78,6 +95,7 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
     fi
     touch "$logs/began"
     say "logs of all ranks: $logs"
+    if [[ -n $warned ]]; then requeue 'before the training began'; fi
   fi
   in_job --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${size[@]}" \
     "$root/slurm/node.sh" "$strategy" "$verb" "${arguments[@]}"
@@ -88,29 +106,38 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
 
 conclude() {  # conclude RUN CODE: what became of the training; returns if the job is over
   local run=$1 code=$2 state='' by='' began=$1/jobs/$VIT_DIST_JOB_ID/began
-  if [[ $run/status.json -nt $began ]]; then state=$(field "$run/status.json" state) by=$(field "$run/status.json" by); fi
+  ours() { [[ $1 -nt $began && $(field "$1" job) == "$VIT_DIST_JOB_ID" ]]; }  # of this start of this job
+  if ours "$run/status.json"; then state=$(field "$run/status.json" state) by=$(field "$run/status.json" by); fi
   if ((code == 0)); then
     say 'complete'
   elif [[ $state == preempted && (-n $warned || $by == --max_time*) ]]; then
     requeue "after step $(field "$run/status.json" step)"
   elif [[ -n $warned && $state != @(failed|preempted|complete) ]]; then
     requeue 'before anything was to be saved'
-  elif [[ $run/failure.json -nt $began ]]; then
+  elif ours "$run/failure.json"; then
     say "failed: $(field "$run/failure.json" reason)"
     say "rank $(field "$run/failure.json" rank) on $(field "$run/failure.json" host) was first to say so; more in $run/failure.json"
+  elif [[ $state == preempted ]]; then
+    say "stopped by $by after step $(field "$run/status.json" step); the same command goes on"
   else
-    say "ended with exit code $code${state:+, $state}"
+    say "failed with exit code $code before there was anything to record; the line that begins with error: says why"
   fi
 }
 
 requeue() {  # requeue WHEN: once; the same job, with the same run folder, when Slurm has machines again
+  local log stops=''
   trap '' USR1
-  if [[ $1 == before* ]] && ((${SLURM_RESTART_COUNT:-0} >= 3)); then
-    say "stopped $1 for the fourth time; give the job more time"
+  trap - TERM
+  log=$(readlink -f "/proc/$$/fd/1")
+  if [[ $1 == before* && -f $log ]]; then  # what the log says of the last three stops
+    stops=$(grep -o "job $VIT_DIST_JOB_ID: stopped [a-z]*" "$log" | tail -n 3 | grep -c before) || true
+  fi
+  if ((${stops:-0} == 3)); then
+    say "stopped $1 for the fourth time in a row; give the job more time"
     exit 75
   fi
   say "stopped $1; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" || { say 'which this job may not; submit the same command again to go on'; exit 75; }
+  scontrol requeue "$SLURM_JOB_ID" 2>/dev/null || { say 'which this job may not; submit the same command again to go on'; exit 75; }
   sleep 600 &  # Slurm ends this shell; a shell that ended by itself might be taken for the end of the job
   wait $!
   exit 75

@@ -16,12 +16,8 @@ first_host() {
   printf '%s%s\n' "$host" "${list%%,*}"
 }
 
-export NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID VIT_DIST_HOSTS=$SLURM_NNODES
+export NNODES=$SLURM_JOB_NUM_NODES NODE_RANK=$SLURM_NODEID VIT_DIST_HOSTS=$SLURM_JOB_NUM_NODES
 MASTER_ADDR=$(first_host "$SLURM_JOB_NODELIST")
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # below the ports that a kernel gives away by itself
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0} VIT_DIST_CPUS=$SLURM_CPUS_ON_NODE
-if ((GPUS_PER_NODE == 0)) && [[ -z ${NPROC_PER_NODE:-} ]]; then
-  echo "error: this job has no GPUs; ask for them (sbatch --gpus-per-node N), or train on CPUs: NPROC_PER_NODE=N sbatch ..." >&2
-  exit 2
-fi
 exec "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../launch/accelerate.sh" "$@"

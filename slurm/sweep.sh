@@ -19,9 +19,11 @@
 set -euo pipefail
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
+trap 'warned=1' USR1  # job.sh sees to it; without this the shell would die of it
+warned=''
 # Slurm runs a copy of this file in its own folder. Where it was: what it was called by, or the folder one submits from.
-root=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n '/^ *Command=/{s|^ *Command=\(.*\)/slurm/[a-z]*\.sh.*|\1|p;q}')
-for root in "${VIT_DIST_ROOT:-}" "$root" "$SLURM_SUBMIT_DIR"; do
+called=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}') || true
+for root in "${VIT_DIST_ROOT:-}" "${called%%/slurm/sweep.sh*}" "$SLURM_SUBMIT_DIR"; do
   if [[ -f $root/slurm/job.sh ]]; then break; fi
 done
 [[ -f $root/slurm/job.sh ]] || { echo "error: no slurm/job.sh in $root; set VIT_DIST_ROOT to the checkout" >&2; exit 2; }
@@ -32,10 +34,11 @@ file=${1:-}
 [[ -n $file && $file != -* ]] || fail "the sweep's file comes first: sbatch --array=0-11 slurm/sweep.sh SWEEP.yaml"
 [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "sbatch --array=0-11 says which members; vit-dist sweep $file lists them"
 if [[ -z ${WANDB_RUN_GROUP:-} ]]; then
-  ask sweep "$file" --name
+  ask "$root/launch/module.sh" sweep "$file" --name
   WANDB_RUN_GROUP=$(<"$answer")
   export WANDB_RUN_GROUP
 fi
-ask sweep "$file" --member "$SLURM_ARRAY_TASK_ID" -- "${@:2}"
+ask "$root/launch/module.sh" sweep "$file" --member "$SLURM_ARRAY_TASK_ID" -- "${@:2}"
 mapfile -d '' -t member <"$answer"
+((${#member[@]})) || fail "no arguments for member $SLURM_ARRAY_TASK_ID of $file"
 job "${member[@]}"

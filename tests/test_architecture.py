@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "settings_file": {"errors"},
     "config": {"errors", "options", "settings_file"},
     "console": set(),
-    "preflight": {"attempts", "bundle", "config", "console", "data.source", "entry", "errors"},
+    "preflight": {"attempts", "bundle", "checks", "config", "console", "entry"},
     "distributed": {"errors"},
     "entry": {"console", "distributed", "errors", "redact", "stop"},
     "data.__init__": set(),

@@ -250,18 +250,18 @@ def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     hub = job("--model", "someone/vit", "--cache_dir", tmp_path)
     with pytest.raises(UserError, match=r"no config.json, preprocessor_config.json, model.safetensors\)"):
-        checks.check_model(hub)
+        checks.check_model(hub.config)
     cached(tmp_path, "config.json", "preprocessor_config.json", "model.safetensors.index.json", "1.safetensors")
     with pytest.raises(UserError, match=rf"\(no 2.safetensors\).*hf download someone/vit --cache-dir {tmp_path}`"):
-        checks.check_model(hub)
+        checks.check_model(hub.config)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # restored: the check changes it
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: None)
-    assert checks.check_model(hub).status == "warn"
+    assert checks.check_model(hub.config).status == "warn"
     cached(tmp_path, "2.safetensors")
-    assert checks.check_model(hub) == Result("ok", "someone/vit, in the cache")
+    assert checks.check_model(hub.config) == Result("ok", "someone/vit, in the cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"lacks config.json, .*save_pretrained"):
-        checks.check_model(job("--model", tmp_path / "empty"))
+        checks.check_model(job("--model", tmp_path / "empty").config)
 
 
 def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

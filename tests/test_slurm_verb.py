@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import run
 
 from vit_dist import slurm
 from vit_dist.errors import UserError
@@ -66,7 +67,7 @@ class Login:
 
 @pytest.fixture
 def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Login:
-    for name in [name for name in os.environ if name.startswith("SBATCH_") or name == "PYTHON"]:
+    for name in [name for name in os.environ if name.startswith("SBATCH_") or name in slurm.PASSED]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     found = Login(tmp_path, capfd)
@@ -180,7 +181,29 @@ def test_the_interpreter_is_left_to_an_image_or_to_the_user(login: Login, monkey
     assert login.shown("train")["command"][:2] == ["env", f"PYTHON={sys.executable}"]
     assert login.shown("--container-image", "img", "train")["command"][0] == "sbatch"
     monkeypatch.setenv("PYTHON", "/opt/python")
-    assert login.shown("train")["command"][0] == "sbatch"
+    assert login.shown("train")["command"][:3] == ["env", "PYTHON=/opt/python", "sbatch"]
+    monkeypatch.delenv("PYTHON")
+    assert login.shown("--export=NONE", "train")["command"][0] == "sbatch"
+    assert "--export=NONE: the job takes the interpreter of its checkout" in login.told.err
+
+
+def test_paths_are_those_of_the_folder_that_the_job_runs_in(login: Login) -> None:
+    (login.folder / "elsewhere").mkdir()
+    (login.folder / "elsewhere" / "mine.yaml").write_text("data: digits\nmodel: tiny\n")
+    assert "no recipe mine.yaml" in login.error("train", "mine.yaml")
+    login.submit("-D", "elsewhere", "train", "mine.yaml")
+    assert login.submitted()[:2] == ["-D", "elsewhere"] and Path.cwd() == login.folder
+    login.recorded.unlink()
+    assert "--chdir: " in login.error("--chdir=nowhere", "train")
+
+
+def test_a_run_with_other_settings_is_refused_here(login: Login) -> None:
+    run("digits", "--max_steps", 1, "--report_to", "none", "--output_dir", login.folder / "begun")
+    assert "holds a run with other settings: max_steps 1 -> 2" in login.error(
+        "train", "digits", "--max_steps", "2", "--report_to", "none", "--output_dir", "begun"
+    )
+    for more in (["--allow_change", "max_steps"], ["--fresh"]):
+        login.submit("train", "digits", "--max_steps", "2", "--report_to", "none", "--output_dir", "begun", *more)
 
 
 def test_a_submitted_job_can_be_followed_and_stopped(login: Login) -> None:
@@ -188,7 +211,10 @@ def test_a_submitted_job_can_be_followed_and_stopped(login: Login) -> None:
     for part in ("job 7", "tail -F vit_dist-7.log", "scancel 7", "scancel --batch --signal=USR1 7"):
         assert part in told
     assert "tail -F 'my logs/x-7.log'" in login.submit("-J", "x", "-o", "my logs/%x-%j.log", "train")
-    told = login.submit("-a", "1,2", "-D", "a b", "-o", "%A_%a.log", "train")
+    assert "--array: all of them would be one run" in login.error("-a", "1,2", "train")
+    (login.folder / "a b").mkdir()
+    (login.folder / "a b" / "s.yaml").write_text("recipe: digits\ngrid: {seed: [1, 2, 3]}\n")
+    told = login.submit("-a", "1,2", "-D", "a b", "-o", "%A_%a.log", "sweep", "s.yaml")
     assert "tail -F 'a b/7_'*.log\n" in told, "all members of an array"
 
 

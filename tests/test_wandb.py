@@ -149,7 +149,7 @@ def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, va
 
 def test_not_logged_in_is_offline_without_a_question(tmp_path: Path) -> None:
     cb = callback(tmp_path)
-    assert cb.open().startswith("W&B: offline (not logged in), then: wandb sync ")
+    assert cb.open().startswith("W&B: offline (not logged in), then: vit-dist sync ")
     cb.close()
 
 
@@ -225,7 +225,7 @@ def test_first_failure_gives_one_warning_and_turns_it_off(
     monkeypatch.setattr(cb._run, "log", broken)
     train(cb, range(1, 9))
     cb.summary({"test_accuracy": 0.5})
-    assert (cb.close() or "").startswith("wandb sync ")
+    assert (cb.close() or "").startswith("vit-dist sync ")
     assert len(calls) == 1
     assert [r.message for r in caplog.records if r.name == "vit_dist"] == [
         "W&B: off from here on, training continues (no luck with ***)"
@@ -288,11 +288,11 @@ def assert_falls_back(cb: WandbCallback, within: float, because: str) -> None:
     start = time.monotonic()
     line = cb.open()
     opened = time.monotonic()
-    assert re.fullmatch(rf"W&B: offline \(.*{because}.*\), then: wandb sync \S+", line), line
+    assert re.fullmatch(rf"W&B: offline \(.*{because}.*\), then: vit-dist sync \S+", line), line
     assert opened - start < within
     train(cb, range(1, 9))
     assert time.monotonic() - opened < 2
-    assert (cb.close() or "").startswith("wandb sync ")
+    assert (cb.close() or "").startswith("vit-dist sync ")
     assert [step for step, _ in attempts(cb.directory)[-1].series("eval/accuracy")] == [4, 8]
 
 
@@ -442,7 +442,7 @@ def test_server_goes_silent_in_mid_run(tmp_path: Path, api: FakeApi, caplog: pyt
     start = time.monotonic()
     train(cb, range(5, 13))
     assert time.monotonic() - start < 2
-    assert (cb.close() or "").startswith("wandb sync ")
+    assert (cb.close() or "").startswith("vit-dist sync ")
     assert time.monotonic() - start < 15
     assert [r.levelno for r in caplog.records if r.name == "vit_dist"] == [logging.WARNING]
     (run,) = attempts(tmp_path)

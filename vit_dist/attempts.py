@@ -91,6 +91,28 @@ def check(config: Config) -> None:
         raise UserError(f"output_dir {folder}: {problem}; checkpoints in it could be anybody's")
 
 
+def check_settings(config: Config) -> None:
+    """Raises UserError if the folder holds a run that has begun with other settings; `inspect` will too, but it needs
+    the processes, and looks into checkpoints.
+    """
+    folder = config.output_dir
+    record = known_record(folder)
+    begun = read_json(folder / STATUS).get("state") == "complete" or any(store.checkpoints(folder))
+    if begun and (not config.run.fresh or _began_it(record)):
+        changed = _changes(record, config)
+        _refuse_changes(folder, {key: value for key, value in changed.items() if key not in config.run.allow_change})
+
+
+def _refuse_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+    if changed:
+        listed = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
+        raise UserError(
+            f"{folder} holds a run with other settings: {listed}. Give the same settings to continue it, "
+            f"--allow_change {' '.join(changed)} to go on with the new ones, another --output_dir for a new run, or "
+            "--fresh to start over"
+        )
+
+
 def batch_to_keep(config: Config) -> int | None:
     """The global batch of the run that this command continues, if its settings ask for no other."""
     record, now = known_record(config.output_dir), _settings(config)
@@ -140,13 +162,8 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
     attempt.changes = list(record.get("changes", []))
     if begun:
         _allow(config, attempt, changed, strategy)
-    if begun and changed:
-        listed = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
-        raise UserError(
-            f"{folder} holds a run with other settings: {listed}. Give the same settings to continue it, "
-            f"--allow_change {' '.join(changed)} to go on with the new ones, another --output_dir for a new run, or "
-            "--fresh to start over"
-        )
+    if begun:
+        _refuse_changes(folder, changed)
     if not changed:  # else it is a new run
         attempt.wandb_id = record.get("wandb_id") or attempt.wandb_id
     if complete and attempt.changes != record.get("changes", []):

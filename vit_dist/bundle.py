@@ -101,11 +101,11 @@ def read(folder: Path, cure: str = "") -> dict[str, Any]:
     """The manifest. Raises UserError, which ends with `cure`, if it is not there or not as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = is_sealed(manifest)
+        whole = is_sealed(manifest) and {"data", "model", "metrics", "files"} <= manifest.keys()
     except FileNotFoundError:
         what = f"is no bundle, it has no {MANIFEST}" if folder.is_dir() else "does not exist on this machine"
         raise UserError(f"the bundle {folder} {what}{cure}") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read ({error}){cure}") from None
     if not whole:
         raise UserError(f"{folder / MANIFEST} was changed or cut short{cure}")

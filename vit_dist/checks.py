@@ -94,11 +94,11 @@ def check_memory(device: torch.device) -> Result:
     return Result("ok", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free")
 
 
-def check_model(job: Job) -> Result:
+def check_model(config: Config) -> Result:
     from vit_dist.data.transforms import find_model
 
-    options = job.config.model
-    missing = _missing_files(job.config)
+    options = config.model
+    missing = _missing_files(config)
     if not missing:
         where = "no files needed" if options.model == "tiny" else "in this folder"
         return Result("ok", f"{options.model}, {where if _is_local(options.model) else 'in the cache'}")
@@ -107,10 +107,10 @@ def check_model(job: Job) -> Result:
     if find_model(options):
         return Result("warn", f"{options.model} is not in the cache and will be downloaded at the start")
     flags = f" --revision {options.model_revision}" if options.model_revision else ""
-    flags += f" --cache-dir {job.config.data.cache_dir}" if job.config.data.cache_dir else ""
+    flags += f" --cache-dir {config.data.cache_dir}" if config.data.cache_dir else ""
     raise UserError(
-        f"{options.model} is not in the cache (no {', '.join(missing)}), and {_no_hub()}; run "
-        f"`hf download {options.model}{flags}` where there is a network"
+        f"{options.model} is not in the cache (no {', '.join(missing)}), and {_no_hub()}; where there is a network run "
+        f"`hf download {options.model}{flags}`, or `vit-dist fetch` for all that a run takes from the hub"
     )
 
 
@@ -148,21 +148,30 @@ def _no_hub() -> str:
     return "HF_HUB_OFFLINE is set" if offline else "the Hugging Face hub cannot be reached"
 
 
+def check_source(config: Config) -> Result | None:
+    """Whether the data is here, or can be had; None: it is, and nothing was read of it."""
+    from vit_dist.data.hub import hub_commit
+    from vit_dist.data.source import find
+
+    name = config.data.data
+    if find(name) is not None or name == "digits" or _in_datasets_cache(config):
+        return None
+    if not hub_commit(name, config.data.data_revision)[1]:
+        return Result("warn", f"{name} is not in the cache and will be downloaded at the start")
+    raise UserError(
+        f"{name} is not in the cache, and {_no_hub()}; where there is a network run `vit-dist fetch`, or `hf download "
+        f"{name} --repo-type dataset --local-dir FOLDER` and pass --data FOLDER"
+    )
+
+
 def check_data(job: Job) -> Result:
     """Read what there is, without a network: a data set that has to be downloaded first is said, not downloaded."""
-    from vit_dist.data.hub import hub_commit, offline
+    from vit_dist.data.hub import offline
     from vit_dist.data.pipeline import build_data
-    from vit_dist.data.source import looks_like_path
 
+    if (elsewhere := check_source(job.config)) is not None:
+        return elsewhere
     options = dataclasses.replace(job.config.data, verify_images=False)
-    on_hub = options.data != "digits" and not Path(options.data).expanduser().exists()
-    if on_hub and not looks_like_path(options.data) and not _in_datasets_cache(job.config):
-        if not hub_commit(options.data, options.data_revision)[1]:
-            return Result("warn", f"{options.data} is not in the cache and will be downloaded at the start")
-        raise UserError(
-            f"{options.data} is not in the cache, and {_no_hub()}; where there is a network run `hf download "
-            f"{options.data} --repo-type dataset --local-dir FOLDER`, then pass --data FOLDER"
-        )
     # The images are the same whatever the model; what is wrong with the model is another check's to say.
     model = job.config.model if not _missing_files(job.config) else dataclasses.replace(job.config.model, model="tiny")
     with offline(True):
@@ -257,15 +266,17 @@ def check_wandb(job: Job) -> Result | None:
         return Result("warn", f"off ({reason}) though --report_to asks for it; unset the variable")
     if mode == "online":
         if problem := unreachable(base_url(os.environ)):
-            return Result("warn", f"offline ({problem}); `wandb sync` the run afterwards, where there is a network")
+            return Result("warn", f"offline ({problem}); `vit-dist sync` the run afterwards, where there is a network")
         return Result("ok", f"logged in, {base_url(os.environ)} answers")
     if reason == "not logged in":
-        return Result("warn", f"offline ({reason}); `wandb login` or set WANDB_API_KEY, or `wandb sync` it afterwards")
-    return Result("ok", f"offline ({reason}); `wandb sync` it afterwards")
+        return Result("warn", f"offline ({reason}); `wandb login`, or `vit-dist sync` it afterwards")
+    return Result("ok", f"offline ({reason}); `vit-dist sync` it afterwards")
 
 
 LOCAL: dict[str, Callable[[Job], Result | None]] = {
-    "model": check_model,  # before the data: asks for the hub first, and remembers if there is none
+    "model": lambda job: check_model(
+        job.config
+    ),  # before the data: asks for the hub first, and remembers if there is none
     "data": check_data,
     "/dev/shm": check_shm,
     "open files": check_files,

@@ -285,6 +285,8 @@ def _refuse_secrets(keys: Iterable[str], where: str = "command line") -> None:
 
 
 def _refuse_values(settings: dict[str, Any]) -> None:
+    if any(ord(letter) < 32 for letter in settings["output_dir"]):
+        raise UserError(f"output_dir={settings['output_dir']!r}: a line break or another control character in it")
     for key, (value, reason) in REFUSED.items():
         if settings.get(key) == value:
             raise UserError(f"{key}={value} is not supported: {reason}")

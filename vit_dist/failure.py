@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 import traceback
@@ -97,6 +98,7 @@ def write(
         "attempt": attempt.number,
         "rank": launched_rank(),
         "host": socket.gethostname(),
+        "job": os.environ.get("VIT_DIST_JOB_ID"),
         "reason": redact(lost or reason),
         "traceback": redact("".join(traceback.format_exception(error))).splitlines(),
         **environment(),

@@ -36,15 +36,18 @@ def owned(folder: Path, patience: float = PATIENCE, environ: Mapping[str, str] =
         descriptor = _acquire(path, patience)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": environ.get("VIT_DIST_JOB_ID"),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     try:
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "job": environ.get("VIT_DIST_JOB_ID"),
-            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        except OSError as error:
+            raise UserError(f"output_dir {folder} cannot be written: {error}") from None
         yield
     finally:
         with contextlib.suppress(OSError):

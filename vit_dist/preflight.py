@@ -2,7 +2,8 @@
 
 python -m vit_dist.preflight [RECIPE] [--flag value ...]
 
-Writes nothing and asks no network. Prints the run folder on the last line.
+Writes nothing, and reads no image and no weights; asks the hub only for what is not in the cache. Prints the run folder
+on the last line.
 """
 
 from __future__ import annotations
@@ -10,22 +11,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from vit_dist import attempts, bundle, console, entry
+from vit_dist import attempts, bundle, checks, console, entry
 from vit_dist.config import Config, load_config
-from vit_dist.data.source import find, looks_like_path
-from vit_dist.errors import UserError
 
 
 def check(config: Config) -> None:
     """Raises UserError for what every process of the run would stumble over, one after another or all at once."""
     bundle.check(config)
     attempts.check(config)
-    find(config.data.data)
-    model = Path(config.model.model).expanduser()
-    if looks_like_path(config.model.model) and not model.is_dir():
-        raise UserError(f"--model {config.model.model}: there is no such folder")
+    attempts.check_settings(config)
+    checks.check_source(config)
+    checks.check_model(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

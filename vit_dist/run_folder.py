@@ -79,6 +79,7 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "job": os.environ.get("VIT_DIST_JOB_ID"),
     }
     write_json(folder / STATUS, {**facts, **{k: redact(v) if isinstance(v, str) else v for k, v in details.items()}})
 

@@ -27,6 +27,8 @@ def read(path: Path, what: str) -> list[Setting]:
     """The lines of a file. `what` names its kind. Raises UserError for what is no YAML or no mapping."""
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)  # the line itself is not shown: it may hold a secret
         line = f":{mark.line + 1}" if mark else ""
@@ -43,6 +45,8 @@ def entries(node: yaml.MappingNode, path: Path) -> list[Setting]:
     found: dict[str, Setting] = {}
     for key_node, value_node in node.value:
         key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode) or key == "<<":
+            raise UserError(f"{where}: a key is one word here")
         if key in found:
             raise UserError(f"{where}: {key} is given twice")
         found[key] = Setting(key, value_node, where)
@@ -60,9 +64,12 @@ def texts(node: yaml.Node) -> list[str]:
 
 def _text(node: yaml.Node) -> str:
     """Upstream takes JSON for its dictionaries."""
-    if isinstance(node, yaml.ScalarNode):
+    if isinstance(node, yaml.ScalarNode) and "\0" not in node.value:  # a command line cannot hold one
         return node.value
-    return json.dumps(_Loader("").construct_object(node, deep=True))
+    try:
+        return json.dumps(_Loader("").construct_object(node, deep=True))
+    except (TypeError, yaml.YAMLError, RecursionError):
+        raise UserError(f"line {node.start_mark.line + 1} holds a value that JSON has no word for") from None
 
 
 class _Loader(yaml.SafeLoader):

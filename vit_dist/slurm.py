@@ -11,6 +11,7 @@ What a job would only find out after hours in the queue is refused here; the scr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import itertools
@@ -20,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +32,10 @@ from vit_dist.errors import UserError
 
 USAGE = "usage: vit-dist slurm [sbatch options] train|doctor|sweep ... [--strategy NAME] [--throttle K] [--print]"
 VERBS = ("train", "doctor", "sweep")
+PASSED = (  # of the environment, what the scripts read
+    "PYTHON", "NPROC_PER_NODE", "OMP_NUM_THREADS", "VIT_DIST_BUNDLE", "VIT_DIST_ROOT", "CONTAINER_IMAGE",
+    "CONTAINER_MOUNTS", "HSDP_REPLICAS",
+)  # fmt: skip
 OWN = ("strategy", "throttle", "print")  # options of ours, which may also stand before the verb
 
 # What must be known of sbatch's options to find the verb behind them: those that stand alone (another value is given
@@ -89,10 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = parse(words)
         root = script_root()
         script = root / "slurm" / ("sweep.sh" if request.verb == "sweep" else "train.sh")
-        options, notes = check(request, root)
+        with _folder_of_job(request.options):
+            options, notes = check(request, root)
         command = sbatch_command(request, options, script)
         asked = resources(script, options, os.environ)
         environment = _python(asked)
+        if not environment and "PYTHON" not in os.environ and "export" in asked:
+            notes.append(
+                f"--export={asked['export'][0]}: the job takes the interpreter of its checkout; add PYTHON=..."
+            )
         if "time" not in asked:
             notes.append("no --time was given: the partition's default limit holds")
         if shutil.which("sbatch") is None and not request.show:
@@ -106,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.show_error(f"note: {note}")
     if request.show:
         assigned = [f"{name}={value}" for name, value in environment.items()]
+        assigned += [f"{name}={os.environ[name]}" for name in PASSED if name in os.environ]  # or it is another job
         shown = shlex.join([*(["env", *assigned] if assigned else []), *command])
         console.say(*_columns([("script", str(script), ""), *_shown(asked), ("command", shown, "")]))
         return 0
@@ -168,6 +179,8 @@ def check(request: Request, root: Path) -> tuple[list[Option], list[str]]:
         asked = sweep.read(Path(request.arguments[0]))
         options = _with_array(request, asked)
         configs = sweep.check(asked, request.arguments[1:])
+    elif any(option.name == "array" for option in request.options):
+        raise UserError("--array: all of them would be one run; an array is for a sweep: vit-dist slurm ... sweep FILE")
     else:
         configs = [load_config(request.arguments)]
     if request.strategy is not None:
@@ -285,9 +298,24 @@ def _columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     return [f"{name:<{left}}  {value:<{middle}}  {remark}".rstrip() for name, value, remark in rows]
 
 
+@contextlib.contextmanager
+def _folder_of_job(options: Sequence[Option]) -> Iterator[None]:
+    """Paths are meant from the folder that the job will run in. Raises UserError if it is not there."""
+    here = os.getcwd()
+    try:
+        os.chdir(next((option.value for option in reversed(options) if option.name == "chdir"), None) or here)
+    except OSError as error:
+        raise UserError(f"--chdir: {error}") from None
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
 def _python(asked: Asked) -> dict[str, str]:
     """The job runs under this interpreter, unless the user names another one or an image brings it."""
-    if "PYTHON" in os.environ or "container-image" in asked or "container" in asked:
+    exported = (asked["export"][0] or "").upper().startswith("ALL") if "export" in asked else True
+    if "PYTHON" in os.environ or "container-image" in asked or "container" in asked or not exported:
         return {}
     return {"PYTHON": sys.executable}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import re
 import shlex
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 KEYS = ("recipe", "name", "grid", "runs")
 OWN = ("output_dir", "run_name")  # made from a member's settings
+MOST_MEMBERS = 10_000
 LONGEST_NAME = 200  # bytes; file systems end at 255, and `.previous` is appended
 
 
@@ -227,6 +229,8 @@ def _grid(grid: Setting | None, path: Path) -> list[dict[str, Setting]]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             raise UserError(f"{where}: {key} takes a list of values in a grid: [value, value, ...]")
         choices.append([_setting(Setting(key, value, where)) for value in node.value])
+    if (count := math.prod(map(len, choices))) > MOST_MEMBERS:
+        raise UserError(f"{grid.where}: the grid has {count:,} members; at most {MOST_MEMBERS:,}")
     return [{setting.key: setting for setting in chosen} for chosen in itertools.product(*choices) if chosen]
 
 

@@ -128,13 +128,13 @@ def mirrored(folder: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("state", STATES)
 def test_the_run_is_the_one_without_wandb(lab: Lab, whole: dict[str, Any], servers: Servers, state: str) -> None:
-    """The same bits and rows, exit code 0, the promised end, and every row on the disk for `wandb sync`."""
+    """The same bits and rows, exit code 0, the promised end, and every row on the disk for `vit-dist sync`."""
     folder = lab.root / state.replace(" ", "_")
     job = lab.run(folder, *WITH_WANDB, **servers(state))
     after_the_last_row = time.time() - (folder / "metrics.jsonl").stat().st_mtime
     assert fingerprint(folder) == whole
     assert after_the_last_row < PROMISED
-    assert STATES[state] in job.output and f"wandb sync {folder}/wandb/" in job.output
+    assert STATES[state] in job.output and f"vit-dist sync {folder}" in job.output
     assert "Traceback" not in job.output
     assert mirrored(folder) == sorted(losses(folder).items())
     assert status(folder)["state"] == "complete"

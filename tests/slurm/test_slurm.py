@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, Job
+from cluster import ROOT, Cluster, Job
 from conftest import rows, run, write_checkpoint
 from lab import committed, fingerprint, status
 from safetensors.numpy import load_file
@@ -210,6 +210,24 @@ def test_the_gpus_of_a_node_get_a_process_each(cluster: Cluster) -> None:
     half = cluster.submit("--strategy", *words[:2], options=part, DRY_RUN="1", NPROC_PER_NODE="", PATH=path)
     half.end("FAILED")
     assert "error: fsdp2 has nothing to shard over with one process" in half.log
+
+
+def test_a_script_that_runs_in_a_container_needs_no_slurm_there(cluster: Cluster) -> None:
+    folder = cluster.folder / "contained"
+    inside = " ".join([
+        "mount --bind /dev/null /usr/bin/srun && mount --bind /dev/null /usr/bin/scontrol &&",
+        f"exec {ROOT}/slurm/train.sh digits --model vit --max_steps 100000 --report_to none --output_dir contained",
+        "--eval_strategy no --save_strategy no --load_best_model_at_end false --logging_steps 1",
+    ])  # fmt: skip
+    options = ("--parsable", "--signal=B:USR1@60", "--output=vit_dist-%j.log", f"--export=ALL,VIT_DIST_ROOT={ROOT}")
+    told = cluster.call("sbatch", *options, "--wrap", f"exec unshare --mount bash -c '{inside}'")
+    job = Job(cluster, told.strip())
+    job.wait_until(reached(folder, 5))
+    job.warn()
+    job.end("FAILED")
+    assert committed(folder) == [status(folder)["step"]]
+    assert "which this job may not; submit the same command again to go on" in job.log
+    assert job.facts()["ExitCode"] == "75:0"
 
 
 def test_gpus_that_no_node_has_are_refused_by_sbatch(cluster: Cluster) -> None:

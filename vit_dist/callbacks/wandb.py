@@ -68,7 +68,7 @@ class WandbCallback(TrainerCallback):
         self._failed = False
 
     def open(self) -> str:
-        """Starts the run and returns one line that says where it goes: a URL, a `wandb sync` line, or nowhere."""
+        """Starts the run and returns one line that says where it goes: a URL, a `vit-dist sync` line, or nowhere."""
         mode, reason = wandb_mode(os.environ)
         if mode == "disabled":
             return f"W&B: off ({reason})"
@@ -108,7 +108,7 @@ class WandbCallback(TrainerCallback):
         self._try(lambda run: run.summary.update({_key(key): value for key, value in metrics.items()}))
 
     def close(self, exit_code: int = 0, preempted: bool = False) -> str | None:
-        """Finishes the run; returns the `wandb sync` line if some or all of it is only on this disk."""
+        """Finishes the run; returns the `vit-dist sync` line if some or all of it is only on this disk."""
         if self._run is None:
             return None
         if preempted:
@@ -206,7 +206,7 @@ class WandbCallback(TrainerCallback):
         return bool(self._run.settings._offline)
 
     def _sync_line(self) -> str:
-        return f"wandb sync {shlex.quote(str(Path(self._run.settings.sync_dir)))}"
+        return f"vit-dist sync {shlex.quote(str(self.directory))}"
 
 
 def logged_in(environ: Mapping[str, str] = os.environ) -> bool:
