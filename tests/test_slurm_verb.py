@@ -211,6 +211,7 @@ def test_a_submitted_job_can_be_followed_and_stopped(login: Login) -> None:
     for part in ("job 7", "tail -F vit_dist-7.log", "scancel 7", "scancel --batch --signal=USR1 7"):
         assert part in told
     assert "tail -F 'my logs/x-7.log'" in login.submit("-J", "x", "-o", "my logs/%x-%j.log", "train")
+    login.recorded.unlink()
     assert "--array: all of them would be one run" in login.error("-a", "1,2", "train")
     (login.folder / "a b").mkdir()
     (login.folder / "a b" / "s.yaml").write_text("recipe: digits\ngrid: {seed: [1, 2, 3]}\n")
