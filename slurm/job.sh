@@ -42,11 +42,16 @@ ask() {  # ask COMMAND...: what it prints on the first node, in the file $answer
 }
 
 attend() {  # attend: the exit code of the step, whatever signals come meanwhile
-  local code=0
-  while :; do
-    wait "$step" && code=0 || code=$?
-    if ! kill -0 "$step" 2>/dev/null; then break; fi  # else it was a signal to this shell that ended the waiting
+  local code=0 again=0
+  wait "$step" || code=$?
+  while kill -0 "$step" 2>/dev/null; do  # it was a signal to this shell that ended the waiting
+    code=0
+    wait "$step" || code=$?
   done
+  if ((code > 128)); then  # or both came at once: then the step's own code is still to be had
+    wait "$step" 2>/dev/null || again=$?
+    if ((again != 127)); then code=$again; fi
+  fi
   step=''
   return "$code"
 }
@@ -108,7 +113,7 @@ conclude() {  # conclude RUN CODE: what became of the training; returns if the j
   local run=$1 code=$2 state='' by='' began=$1/jobs/$VIT_DIST_JOB_ID/began
   ours() { [[ $1 -nt $began && $(field "$1" job) == "$VIT_DIST_JOB_ID" ]]; }  # of this start of this job
   if ours "$run/status.json"; then state=$(field "$run/status.json" state) by=$(field "$run/status.json" by); fi
-  if ((code == 0)); then
+  if ((code == 0)) || [[ $state == complete ]]; then
     say 'complete'
   elif [[ $state == preempted && (-n $warned || $by == --max_time*) ]]; then
     requeue "after step $(field "$run/status.json" step)"
