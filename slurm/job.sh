@@ -41,17 +41,13 @@ ask() {  # ask COMMAND...: what it prints on the first node, in the file $answer
   [[ -s $answer ]] || fail "no answer from the first node; is ${TMPDIR:-/tmp} full on $HOSTNAME?"
 }
 
-attend() {  # attend: the exit code of the step, whatever signals come meanwhile
-  local code=0 again=0
+attend() {  # attend: the exit code of the step, whatever signals come meanwhile; 138 if one came together with its end
+  local code=0
   wait "$step" || code=$?
   while kill -0 "$step" 2>/dev/null; do  # it was a signal to this shell that ended the waiting
     code=0
     wait "$step" || code=$?
   done
-  if ((code > 128)); then  # or both came at once: then the step's own code is still to be had
-    wait "$step" 2>/dev/null || again=$?
-    if ((again != 127)); then code=$again; fi
-  fi
   step=''
   return "$code"
 }
@@ -115,6 +111,7 @@ conclude() {  # conclude RUN CODE: what became of the training; returns if the j
   if ours "$run/status.json"; then state=$(field "$run/status.json" state) by=$(field "$run/status.json" by); fi
   if ((code == 0)) || [[ $state == complete ]]; then
     say 'complete'
+    exit 0
   elif [[ $state == preempted && (-n $warned || $by == --max_time*) ]]; then
     requeue "after step $(field "$run/status.json" step)"
   elif [[ -n $warned && $state != @(failed|preempted|complete) ]]; then
