@@ -4,7 +4,10 @@
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 say() { printf '%s job %s: %s\n' "$(date +%FT%T)" "$VIT_DIST_JOB_ID" "$*"; }
-field() { sed -n "s/^  \"$2\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}$/\1/p" "$1" 2>/dev/null | head -n 1; }  # of a file of ours
+field() {  # field FILE KEY: a word or a number in a JSON file of ours, which has a line for each
+  sed -n -e "s/^  \"$2\": \"\(.*\)\",\{0,1\}$/\1/p" -e "s/^  \"$2\": \([^\",]*\),\{0,1\}$/\1/p" "$1" 2>/dev/null |
+    head -n 1 | sed 's/\\"/"/g'
+}
 
 step='' told=''  # the step that runs, and the one that was told of a warning
 on_warning() {  # Slurm takes the machines back soon: --signal, preemption, or scancel --batch --signal=USR1
