@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -151,11 +152,11 @@ def check_launch(args: TrainingArguments, environ: Mapping[str, str] = os.enviro
         raise UserError("one process would drive several GPUs with nn.DataParallel; use `vit-dist train` or torchrun")
 
 
-def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> list[list[str]]:
-    """Every rank's host, device and cores, as rows under a title (all ranks participate).
+def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> tuple[list[list[str]], str]:
+    """Every rank's host, device and cores, as rows under a title, and a line about an all-reduce.
 
-    Raises UserError on every rank if they are not on as many hosts as they were to be, or cannot add up numbers on
-    their devices. Costs a gather and an all-reduce of one number.
+    All ranks participate, with a gather and the all-reduce of one number. Raises UserError on every rank if they are
+    not on as many hosts as they were to be, or cannot add up numbers on their devices.
     """
     device = f"{args.device} {torch.cuda.get_device_name(args.device)}" if args.device.type == "cuda" else "cpu"
     seats = gather((socket.gethostname(), device, cores(environ), os.getpid()))
@@ -166,12 +167,14 @@ def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) 
             f"the job has {told} nodes, but its {len(seats)} processes run on {len(hosts)}: {', '.join(sorted(hosts))}"
         )
     total = torch.tensor(float(args.process_index + 1), device=args.device)
+    begun = time.monotonic()
     add_up(total)
-    expected = len(seats) * (len(seats) + 1) / 2
-    if total.item() != expected:
-        raise UserError(f"an all-reduce of 1 to {len(seats)} gave {total.item()}, not {expected}: vit-dist doctor")
+    sum_of_all, expected = total.item(), len(seats) * (len(seats) + 1) / 2
+    if sum_of_all != expected:
+        raise UserError(f"an all-reduce of 1 to {len(seats)} gave {sum_of_all:g}, not {expected:g}: vit-dist doctor")
+    summed = f"all-reduce of 1 to {len(seats)}: {sum_of_all:g}, in {(time.monotonic() - begun) * 1e3:.1f} ms"
     title = ["rank", "host", "device", "cores", "process"]
-    return [title, *([str(rank), *map(str, seat)] for rank, seat in enumerate(seats))]
+    return [title, *([str(rank), *map(str, seat)] for rank, seat in enumerate(seats))], summed
 
 
 def cores(environ: Mapping[str, str] = os.environ) -> int:

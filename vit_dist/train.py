@@ -44,9 +44,9 @@ def train(config: Config) -> None:
     batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
     args = build_arguments(config, batch)  # joins the process group
     distributed.check_launch(args)
-    seats = distributed.roll_call(args)
+    seats, summed = distributed.roll_call(args)
     if args.world_size > 1:
-        console.say(*console.aligned(seats))
+        console.say(*console.aligned(seats), summed)
     asked = strategy.prepare(args)
     facts = attempts.common_facts(config, asked, args.device.type) | {"batch": str(batch)}
     distributed.agree(facts, "start all of them with one command, in one environment")
