@@ -279,7 +279,7 @@ def test_a_sealed_run_is_the_same_and_tries_to_reach_nobody(
     args += ["--per_device_train_batch_size", 8 // processes]
     # Under strace a run with data loading processes stood still once, at the end of an epoch.
     args += ["--dataloader_num_workers", 0, "--hang_timeout", "90s"]
-    strace = ["strace", "-f", "--seccomp-bpf", "-qq", "-s", "256", "-o", str(tmp_path / "trace")]
+    strace = ["strace", "-f", "--seccomp-bpf", "-q", "-s", "256", "-o", str(tmp_path / "trace")]
     strace += ["-e", "trace=connect,sendto,sendmsg,sendmmsg"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_"))}
     environ |= {
@@ -293,7 +293,7 @@ def test_a_sealed_run_is_the_same_and_tries_to_reach_nobody(
     assert done.returncode == 0, done.stdout + done.stderr
 
     calls = (tmp_path / "trace").read_text().splitlines()
-    assert any("AF_UNIX" in call or "AF_INET" in call for call in calls)
+    assert sum(call.endswith("+++ exited with 0 +++") for call in calls) >= processes  # so that silence says something
     assert not list(outside(calls))
     assert contents(fetched) == before
     record, other = (json.loads((path / "run" / "run.json").read_text()) for path in (tmp_path, online))

@@ -160,10 +160,10 @@ def test_every_process_gets_its_share_of_the_cores(scripts: Scripts, line: str, 
     assert "OMP_NUM_THREADS=1" in scripts.command("torchrun", NPROC_PER_NODE="16")
 
 
-REFUSED = {("single", 2), ("ddp_multinode", 1)}  # see below
+OTHER = {("single", 1), ("single", 2), ("ddp_multinode", 1)}  # started without accelerate, or refused; see below
 
 
-@pytest.mark.parametrize(("strategy", "nodes"), [(s, n) for s in STRATEGIES for n in (1, 2) if (s, n) not in REFUSED])
+@pytest.mark.parametrize(("strategy", "nodes"), [(s, n) for s in STRATEGIES for n in (1, 2) if (s, n) not in OTHER])
 def test_accelerate_takes_every_strategy_as_meant(
     scripts: Scripts, strategy: str, nodes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,11 +171,9 @@ def test_accelerate_takes_every_strategy_as_meant(
     if strategy == "hsdp" and nodes == 1:
         env["HSDP_REPLICAS"] = "2"
     args, given = accelerate_reads(scripts.command(f"accelerate {strategy}", gpus=4, **env), monkeypatch)
-    per_node = 1 if strategy == "single" else 4
-    assert (args.num_processes, args.num_machines, args.training_script) == (nodes * per_node, nodes, "vit_dist.train")
+    assert (args.num_processes, args.num_machines, args.training_script) == (nodes * 4, nodes, "vit_dist.train")
     assert args.multi_gpu == strategy.startswith("ddp")
-    if strategy != "single":
-        assert args.nproc_per_node == "4", "started by torchrun's agent, on every node"
+    assert args.nproc_per_node == "4", "started by torchrun's agent, on every node"
     if strategy.startswith("zero"):
         assert given["ACCELERATE_USE_DEEPSPEED"] == "true"
         assert given["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == strategy[4]
@@ -188,13 +186,18 @@ def test_accelerate_takes_every_strategy_as_meant(
 
 
 def test_the_users_default_config_never_decides(scripts: Scripts) -> None:
-    for strategy in STRATEGIES:
+    for strategy in set(STRATEGIES) - {"single"}:
         env = {"NODE_RANK": "1", **TWO_NODES} if strategy == "ddp_multinode" else {"HSDP_REPLICAS": "2"}
         command = scripts.command(f"accelerate {strategy}", gpus=4, **env)
         assert value(command, "--config_file") == str(CONFIGS / f"{strategy}.yaml")
-    alone = scripts.run("accelerate ddp", gpus=1)
-    assert value(shlex.split(alone.stdout), "--config_file") == str(CONFIGS / "single.yaml")
-    assert alone.stderr.startswith("note: one process")
+
+
+@pytest.mark.parametrize(("line", "gpus"), [("accelerate single", 4), ("accelerate ddp", 1)])
+def test_one_process_has_no_launcher_that_could_keep_a_signal_from_it(scripts: Scripts, line: str, gpus: int) -> None:
+    done = scripts.run(line, "--seed", "1", gpus=gpus)
+    assert shlex.split(done.stdout)[-4:] == ["-m", "vit_dist.train", "--seed", "1"]
+    assert "accelerate" not in done.stdout
+    assert done.stderr.startswith("note: one process") == (line == "accelerate ddp")
 
 
 def test_a_configuration_of_ones_own(scripts: Scripts, tmp_path: Path) -> None:
