@@ -40,6 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "data.sampler": {"errors"},
     "data.dataset": {"data.decode", "data.transforms"},
     "data.hub": {"bundle", "errors", "options", "data.cache"},
+    "data.pixels": set(),
+    "data.resident": {"errors", "data.dataset", "data.pipeline", "data.pixels"},
+    "blocks": {"errors", "data.pixels"},
     "data.pipeline": {"options",
         "config", "data.dataset", "data.decode", "data.source", "data.split", "data.transforms", "data.verify",
     },
@@ -63,16 +66,16 @@ ALLOWED: dict[str, set[str]] = {
     "stop": set(),
     "redact": set(),
     "owner": {"checkpoint.store", "errors"},
-    "strategy": {"errors"},
+    "strategy": {"blocks", "errors"},
     "memory": {"errors", "strategy"},
-    "arguments": {"batch", "config", "distributed", "errors"},
+    "arguments": {"batch", "config", "distributed", "errors", "strategy"},
     "resumable": {
         "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "distributed", "errors",
         "model", "stop",
     },
     "trainer": {
-        "checkpoint.writer", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.sampler",
-        "metrics.__init__", "callbacks.reproducible", "resumable", "stop",
+        "checkpoint.writer", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.pixels",
+        "data.sampler", "metrics.__init__", "callbacks.reproducible", "resumable", "stop",
     },
     "run_folder": {"checkpoint.store", "console", "errors", "files", "owner", "redact"},
     "attempts": {
@@ -94,7 +97,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {
         "arguments", "attempts", "batch", "bundle", "callbacks.watchdog", "checkpoint.writer", "errors", "failure",
-        "owner", "run_folder", "stop", "config", "console", "distributed", "entry", "data.pipeline", "metrics.__init__",
+        "blocks", "owner", "run_folder", "stop", "config", "console", "distributed", "entry", "data.pipeline",
+        "data.resident", "metrics.__init__",
         "model", "results", "strategy", "summary", "trackers", "trainer",
     },
     "checks": {

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from vit_dist import distributed
+from vit_dist import distributed, strategy
 from vit_dist.batch import Batch, scaled_learning_rate
 from vit_dist.config import Config
 from vit_dist.errors import UserError
@@ -44,6 +44,9 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
         settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
     if settings["dataloader_persistent_workers"] is None:
         settings["dataloader_persistent_workers"] = settings["dataloader_num_workers"] > 0
+    if settings["torch_compile"] is None or not (strategy.is_sharded() or settings["fsdp"] or settings["deepspeed"]):
+        # `blocks` compiles them in place: upstream compiles the wrapped model, in pieces where gradients are sent.
+        settings |= {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
     settings["dataloader_drop_last"] = False  # our sampler's business; upstream would drop evaluation images too
     settings["report_to"] = [name for name in reporters(config) if name != "wandb"] or "none"
     settings["save_total_limit"] = None  # our writer's business, which deletes after a commit and not before

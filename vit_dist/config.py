@@ -304,6 +304,8 @@ def _refuse_values(settings: dict[str, Any]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise UserError(f"allow_change {key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    if settings["bf16_residual"] and not settings["bf16"]:
+        raise UserError("bf16_residual needs --bf16")
     if settings["bf16"] and settings["fp16"]:
         raise UserError("bf16 and fp16: give one of them")
     if str(settings["train_sampling_strategy"]) not in ("random", "sequential"):

@@ -17,6 +17,13 @@ def run(body: Callable[[], int], interrupted: str) -> int:
     """
     console.set_up(distributed.launched_rank())
     try:
+        return _run(body, interrupted)
+    finally:
+        stop.end_workers()
+
+
+def _run(body: Callable[[], int], interrupted: str) -> int:
+    try:
         code = body()
         distributed.leave()
         return code

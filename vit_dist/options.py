@@ -62,6 +62,14 @@ class DataOptions:
     random_resized_crop: bool = _option(True, "Train on random crops, resized to the model's input.")
     crop_min_scale: float = _option(0.08, "Smallest share of the image's area that a random crop keeps.")
     horizontal_flip: bool = _option(True, "Mirror half of the training images. Off where left and right matter.")
+    image_source: str = _option(
+        "auto",
+        "Where the pixels of a batch are made. `resident`: images of one size are decoded once and lie as bytes in the "
+        "device's memory; crops, mirroring and normalisation are made there. `stream`: data loading processes decode, "
+        "crop and hand over bytes, the device normalises. `processor`: all on the CPU, by the model's image processor. "
+        "`auto`: on GPUs the first of these that can be, on CPUs the processor.",
+        choices=["auto", "resident", "stream", "processor"],
+    )
     cache_dir: str | None = _option(
         None,
         "Where data sets, models and image indexes are cached. Default: the Hugging Face cache (HF_HOME).",
@@ -85,6 +93,10 @@ class ModelOptions:
         None,
         "Input side in pixels. Default: the model's own. Another size interpolates the position embeddings once; the "
         "saved model has the new size.",
+    )
+    bf16_residual: bool = _option(
+        False,
+        "With --bf16: keep what runs from block to block in bfloat16 as well. Faster on GPUs; weights stay float32.",
     )
 
 
@@ -171,6 +183,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # one pass over the graph less per step; every parameter is used
     "log_level": "error",  # upstream's warnings about its own files on a resumption, on every rank
     "log_level_replica": "error",
+    "torch_compile": None,  # None: on GPUs; see `blocks`
     "report_to": None,  # None: Weights & Biases if the user is logged in
     "dataloader_num_workers": None,  # None: from the cores this process may use
     "dataloader_persistent_workers": None,  # None: if there are any; not forked anew in each epoch, beside our threads

@@ -44,24 +44,32 @@ def write_predictions(path: Path, dataset: ImageDataset, split: str, classes: li
 
 
 def check_export(
-    folder: Path, dataset: ImageDataset, logits: np.ndarray, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    dataset: ImageDataset,
+    seen: torch.Tensor,
+    logits: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
+    levels: float = 0.0,
 ) -> None:
     """Reload an exported model as a user would and compare it with what the run computed.
 
-    `logits` (n, classes) are the run's own for the first images of `dataset`. The reloaded image processor must make
-    the same pixels to the bit; logits may differ by what the batch size does to rounding. Raises RuntimeError.
+    `seen` (n, 3, side, side) and `logits` (n, classes) are the run's own for the first images of `dataset`. The
+    reloaded image processor must make the same pixels, to the bit or to so many grey levels; logits of what was seen
+    may differ by what the batch size does to rounding. Raises RuntimeError.
     """
     model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    count = min(CHECKED_IMAGES, len(dataset))
+    count = len(seen)
     images = [decode(dataset.table[i]["image"], dataset.rules) for i in range(count)]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
-    if not torch.equal(pixels, torch.stack([dataset[i]["pixel_values"] for i in range(count)])):
+    level = torch.tensor(processor.rescale_factor / np.array(processor.image_std) if levels else 0.0).reshape(-1, 1, 1)
+    if pixels.shape != seen.shape or not ((pixels - seen).abs() <= levels * level).all():
         raise RuntimeError(
             f"{folder}: the saved image processor does not make the pixels that the model was evaluated on"
         )
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        again = model(pixels.to(device)).logits.float().cpu().numpy()
+        again = model(seen.to(device)).logits.float().cpu().numpy()
     ours = logits[:count].astype(np.float32)
     tolerance = (1e-4 if dtype == torch.float32 else 5e-2) * max(1.0, float(np.abs(ours).max()))
     if not np.abs(again - ours).max() <= tolerance:

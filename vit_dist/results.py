@@ -53,7 +53,9 @@ def conclude(
     def write() -> None:
         try:
             report.finish_export(partial)
-            report.check_export(partial, dataset, logits, trainer.args.device, computed_in(trainer))
+            seen = trainer.model_input(dataset, min(report.CHECKED_IMAGES, len(dataset)))
+            levels = 2.1 if trainer.pixels is not None else 0.0  # see `Pixels`
+            report.check_export(partial, dataset, seen, logits, trainer.args.device, computed_in(trainer), levels)
             report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
             sync_tree(partial)  # before status.json says that it is there
             remove(folder / "best")

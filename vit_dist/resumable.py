@@ -3,6 +3,7 @@ needs, and leaves when any rank was asked to."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -123,9 +124,9 @@ class ResumableTrainer(Trainer):
             parts = snapshot.plain(self._host, model, self.processing_class, optimizer)  # type: ignore[arg-type]
         self._note_state()
         if rank == 0:
-            parts.append(snapshot.TorchFile("scheduler.pt", self._host.copy(self.lr_scheduler.state_dict())))  # type: ignore[union-attr]
+            parts.append(snapshot.TorchFile("scheduler.pt", copy.deepcopy(self.lr_scheduler.state_dict())))  # type: ignore[union-attr]
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
-                parts.append(snapshot.TorchFile("scaler.pt", self._host.copy(scaler.state_dict())))
+                parts.append(snapshot.TorchFile("scaler.pt", copy.deepcopy(scaler.state_dict())))
             state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
             parts.append(snapshot.Bytes(STATE, state.encode()))
         return parts

@@ -7,6 +7,7 @@ the process.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -101,3 +102,16 @@ def shield_worker(worker: int = 0) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
+
+
+def end_workers() -> None:
+    """Kill the data loading processes that are left. Shielded as they are, the interpreter's own exit would wait
+    `WORKER_GRACE` s for them, and PyTorch take their end for another failure.
+    """
+    children = multiprocessing.active_children()
+    if children:
+        heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, heard)

@@ -11,10 +11,10 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ParallelismConfig
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from vit_dist.blocks import repeated_blocks
 from vit_dist.errors import UserError
 
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default, 10 times that, would take 2 GB for a model of 0.3 GB
@@ -64,6 +64,11 @@ def prepare(args: TrainingArguments, environ: Mapping[str, str] = os.environ) ->
     if deepspeed or fsdp:
         return _deepspeed(args) if deepspeed else _fsdp(args, environ, mesh)
     return "ddp" if int(environ.get("WORLD_SIZE", 1)) > 1 else "single"
+
+
+def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this launch asks for DeepSpeed or FSDP."""
+    return _on(environ, "ACCELERATE_USE_DEEPSPEED") or _on(environ, "ACCELERATE_USE_FSDP")
 
 
 def _on(environ: Mapping[str, str], name: str) -> bool:
@@ -134,11 +139,7 @@ def mark_blocks(model: PreTrainedModel) -> None:
     Upstream's list (`_no_split_modules`) also has a ViT's embeddings, where Accelerate's FSDP2 fails. A model without
     repeated blocks is sharded as one.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    kinds = [{type(block) for block in blocks} for blocks in lists if len(blocks) > 1]
-    model._no_split_modules = {
-        kind.__name__ for (kind, *others) in kinds if not others and not kind.__module__.startswith("torch.")
-    }
+    model._no_split_modules = {type(blocks[0]).__name__ for blocks in repeated_blocks(model)}
     try:
         model.get_input_embeddings()
     except NotImplementedError:  # ConvNeXt, ResNet, SegFormer: Accelerate's FSDP2 asks, and None is an answer it takes

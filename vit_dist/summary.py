@@ -25,6 +25,7 @@ def describe(
     strategy: str,
     idle_gpus: int,
     reporting: Trackers | None,
+    compiled: str = "",
 ) -> list[str]:
     args, batches = trainer.args, trainer.batches
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
@@ -39,7 +40,7 @@ def describe(
     lines += [("data" if i == 0 else "", line) for i, line in enumerate(data.description)]
     lines += [
         ("model", built.description),
-        ("devices", devices),
+        ("devices", f"{devices}; {compiled}" if compiled else devices),
         ("batch", str(batch)),
         ("steps", f"{batches.steps_per_epoch:,} per epoch, {steps:,} in all"),
         ("rate", describe_rate(config, args.learning_rate, steps)),

@@ -14,15 +14,23 @@ import torch
 from accelerate.utils import DDPCommunicationHookType
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vit_dist import stop
 from vit_dist.callbacks.reproducible import LastStep, StepSeeds
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import Config
-from vit_dist.data.dataset import collate
+from vit_dist.data.dataset import ImageDataset, collate
 from vit_dist.data.pipeline import ImageData
+from vit_dist.data.pixels import Pixels
 from vit_dist.data.sampler import GlobalBatchSampler
 from vit_dist.distributed import any_rank, gather
 from vit_dist.errors import UserError
@@ -50,6 +58,8 @@ def build_trainer(
     model: torch.nn.Module,
     metrics: ClassificationMetrics,
     writer: CheckpointWriter,
+    pixels: Pixels | None = None,
+    static_shapes: bool = False,
 ) -> ExactTrainer:
     batches = build_batches(config, args, len(data.train))
     make = functools.partial(
@@ -65,6 +75,8 @@ def build_trainer(
         callbacks=[StepSeeds(batches), LastStep(), *_early_stopping(config)],
         bf16_all_reduce=config.scaling.ddp_bf16_all_reduce,
         writer=writer,
+        pixels=pixels,
+        static_shapes=static_shapes,
     )
     try:
         trainer = make()
@@ -94,16 +106,22 @@ def require_metric(name: str | None, metrics: ClassificationMetrics) -> None:
 
 
 class ExactTrainer(ResumableTrainer):
-    """`transformers.Trainer` whose numbers do not depend on the number of processes or on restarts."""
+    """`transformers.Trainer` whose numbers do not depend on the number of processes or on restarts.
+
+    `pixels` makes the model's input of batches of bytes, see `data.resident`. `static_shapes`: the model is compiled
+    for full batches, so the last batch of an evaluation is filled up.
+    """
 
     def __init__(
         self,
         *,
         batches: GlobalBatchSampler,
         bf16_all_reduce: bool = False,
+        pixels: Pixels | None = None,
+        static_shapes: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.batches = batches
+        self.batches, self.pixels, self.static_shapes = batches, pixels, static_shapes
         self._compute_metrics = kwargs.pop("compute_metrics")
         super().__init__(
             compute_metrics=self._metrics_of_every_image, steps_per_epoch=batches.steps_per_epoch, **kwargs
@@ -118,7 +136,14 @@ class ExactTrainer(ResumableTrainer):
         if bf16_all_reduce:
             ddp.comm_hook = DDPCommunicationHookType.BF16
         self._last_index = torch.empty(0, dtype=torch.int64)  # the images of the last micro-batch
-        self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # (index, loss) of each image since the last step
+        # Since the last look at them: (step, index, loss) of each image, (step, norm) of each gradient.
+        self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._norms: list[tuple[int, torch.Tensor]] = []
+        # A look makes the host wait for the device. On GPUs it is taken where there is something to log, evaluate or
+        # save: what is not finite is in no checkpoint, and up to `logging_steps` steps are lost.
+        self.looks_late = self.args.device.type == "cuda" and not self.is_deepspeed_enabled
+        if self.looks_late:
+            self.add_callback(_LookBeforeItIsKept(self))
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by Accelerate: the sampler already yields this rank's share."""
@@ -153,6 +178,15 @@ class ExactTrainer(ResumableTrainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
+    def model_input(self, dataset: ImageDataset, count: int) -> torch.Tensor:
+        """What the model is given for the first images of a split: float32 (count, 3, side, side), on the CPU."""
+        batch = collate(dataset.__getitems__(list(range(count))))
+        values = batch["pixel_values"].to(self.args.device)
+        if self.pixels is not None:
+            boxes, mirrored = batch.get("boxes"), batch.get("mirrored")
+            values = self.pixels.eager(values, boxes, mirrored)
+        return values.cpu()
+
     def whereabouts(self) -> dict[str, Any]:
         """What this rank was at, for the record of a failure."""
         return {
@@ -175,32 +209,55 @@ class ExactTrainer(ResumableTrainer):
         losses = F.cross_entropy(
             outputs.logits.float(), labels, reduction="none", label_smoothing=self.args.label_smoothing_factor
         )
-        self._losses.append((index, losses.detach()))
+        self._losses.append((self.state.global_step + 1, index, losses.detach()))
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             self._stop_unless_finite()  # now: DeepSpeed takes the optimizer step at the end of its backward
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled and not self.looks_late:
             self._stop_unless_finite()  # after the last micro-batch's backward, before the optimizer step
         return loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, bytes made into the model's input. Pinned memory is copied while the host goes on."""
+        device = self.args.device
+        inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+        boxes, mirrored = inputs.pop("boxes", None), inputs.pop("mirrored", None)
+        if self.pixels is not None and inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = self.pixels(inputs["pixel_values"], boxes, mirrored)
+        return super()._prepare_inputs(inputs)  # DeepSpeed's precision
+
+    def stop_unless_finite(self) -> None:
+        """What is not finite among the steps since the last look (all ranks participate; they wait for the device)."""
+        if self._losses:
+            self._stop_unless_finite()
+        steps = [step for step, _ in self._norms]
+        norms = torch.stack([norm for _, norm in self._norms]).tolist() if steps else []
+        self._norms.clear()
+        for step, norm in zip(steps, norms, strict=True):
+            self._check_norm(norm, step)
+
     def _stop_unless_finite(self) -> None:
         """Raise UserError on every rank if any image's loss is NaN or infinite (all ranks participate)."""
-        index, loss = (torch.cat(parts) for parts in zip(*self._losses, strict=True))
+        steps = [step for step, _, losses in self._losses for _ in range(len(losses))]
+        index, loss = (torch.cat(parts) for parts in list(zip(*self._losses, strict=True))[1:])
         self._losses.clear()
         bad = ~torch.isfinite(loss)
         if any_rank(bad.any()):
-            mine = [self._name(i) for i in index[bad].tolist()]
+            places = torch.nonzero(bad).flatten().tolist()
+            step = min((steps[place] for place in places), default=None)
+            step = min(one for one in gather(step) if one is not None)  # later ones follow from it
+            mine = [self._name(int(index[place])) for place in places if steps[place] == step]
             found = {rank: images for rank, images in enumerate(gather(mine)) if images}
             where = "; ".join(
                 f"rank {rank}: images {', '.join(images[:8])}{' and more' if len(images) > 8 else ''}"
                 for rank, images in found.items()
             )
             raise UserError(
-                f"the loss is NaN or infinite at step {self.state.global_step + 1}, before the optimizer step; "
-                f"{where}. Lower --learning_rate, look at these images, or use bf16 instead of fp16"
+                f"the loss is NaN or infinite at step {step}, {self._kept}; {where}. Lower --learning_rate, look at "
+                "these images, or use bf16 instead of fp16"
             )
 
     def prediction_step(
@@ -209,11 +266,15 @@ class ExactTrainer(ResumableTrainer):
         """Logits and (labels, index); no loss, which upstream would average with padding duplicates counted."""
         if self.is_in_train or self.writer.committed == self.state.global_step:  # else the last steps would be lost
             self.stop_if_asked()
+        count = len(inputs["labels"])
+        if self.static_shapes and count < self.args.eval_batch_size:  # another size would be compiled again
+            rows = torch.arange(self.args.eval_batch_size).clamp(max=count - 1)
+            inputs = {name: value[rows.to(value.device)] for name, value in inputs.items()}
         inputs = self._prepare_inputs(inputs)
         labels, index = inputs.pop("labels"), inputs.pop("index")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits
-        return None, logits.float(), (labels, index)
+        return None, logits[:count].float(), (labels[:count], index[:count])
 
     def _metrics_of_every_image(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics over the whole split; RuntimeError unless every image is there exactly once, in order."""
@@ -232,13 +293,35 @@ class ExactTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called between clipping and the optimizer step; the norm is the same on every rank."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # With fp16 the scaler skips such a step by itself and lowers its scale.
-        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
-            raise UserError(
-                f"the gradient is NaN or infinite at step {self.state.global_step + 1}, before the optimizer step, "
-                "though the loss is finite. Lower --learning_rate or --max_grad_norm"
-            )
+        step = self.state.global_step + 1
+        if self.looks_late and isinstance(norm, torch.Tensor) and not self.args.fp16:
+            self._norms.append((step, norm.detach()))
+        elif norm is not None and not self.args.fp16:  # whose scaler skips such a step and lowers its scale
+            self._check_norm(float(norm), step)
         return norm
+
+    def _check_norm(self, norm: float, step: int) -> None:
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient is NaN or infinite at step {step}, {self._kept}, though the loss is finite. "
+                "Lower --learning_rate or --max_grad_norm"
+            )
+
+    @property
+    def _kept(self) -> str:
+        return "noticed later, and nothing since was saved" if self.looks_late else "before the optimizer step"
+
+
+class _LookBeforeItIsKept(TrainerCallback):
+    """Every rank, last of all callbacks: nothing that is not finite is logged, evaluated or saved."""
+
+    def __init__(self, trainer: ExactTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        ends = state.global_step % self.trainer.batches.steps_per_epoch == 0 or control.should_training_stop
+        if ends or control.should_log or control.should_evaluate or control.should_save:
+            self.trainer.stop_unless_finite()
 
 
 class _ForkingLoader(DataLoader):

@@ -48,6 +48,27 @@ MATRIX = {
             "false",
         ],
     ),
+    "bytes, compiled": (
+        1,
+        True,
+        ["--image_source", "stream", "--torch_compile_backend", "aot_eager", "--bf16", "--bf16_residual"],
+    ),
+    "resident": (
+        2,
+        True,
+        [
+            "--data",
+            "digits",
+            "--max_train_samples",
+            37,
+            "--max_eval_samples",
+            13,
+            "--max_predict_samples",
+            11,
+            "--image_source",
+            "resident",
+        ],
+    ),
     "early stopping": (2, True, ["--early_stopping_patience", 3, "--early_stopping_threshold", 10]),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch
+from PIL import Image
 
 from vit_dist.data.decode import BadImage, DecodeRules, decode
 from vit_dist.data.transforms import Transform
@@ -16,7 +17,7 @@ class ImageDataset(torch.utils.data.Dataset):
     """A split (columns `id`, `image`, `label`), decoded and transformed.
 
     Item `key` is row `key % len(self)` as seen in epoch `key // len(self)` (see `GlobalBatchSampler`):
-    `pixel_values` float32 (3, side, side), `labels` int, `index` int.
+    `pixel_values` (3, side, side), float32 or, where the transform leaves bytes, uint8; `labels` int, `index` int.
     """
 
     def __init__(self, table: datasets.Dataset, transform: Transform, rules: DecodeRules) -> None:
@@ -37,21 +38,32 @@ class ImageDataset(torch.utils.data.Dataset):
         """The items of a batch; PyTorch's loader asks for them together, and upstream's processor is slow per call."""
         places = [divmod(key, len(self)) for key in keys]
         rows = self.table[[index for _, index in places]]
-        images = []
-        for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True):
-            try:
-                images.append(decode(image, self.rules))
-            except BadImage as error:
-                raise RuntimeError(f"image {row_id} (row {index}) does not decode: {error}") from error
+        images = [
+            self._decode(image, row_id, index)
+            for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True)
+        ]
         pixels = self.transform(images, places)
         return [
             {"pixel_values": values, "labels": label, "index": index}
             for values, label, (_, index) in zip(pixels, rows["label"], places, strict=True)
         ]
 
+    def decoded(self, index: int) -> Image.Image:
+        """Row `index` as it is."""
+        row = self.table[index]
+        return self._decode(row["image"], row["id"], index)
 
-def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items to a batch: `pixel_values` (n, 3, side, side), `labels` and `index` int64 (n,)."""
+    def _decode(self, image: Any, row_id: str, index: int) -> Image.Image:
+        try:
+            return decode(image, self.rules)
+        except BadImage as error:
+            raise RuntimeError(f"image {row_id} (row {index}) does not decode: {error}") from error
+
+
+def collate(items: list[dict[str, Any]] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Items to a batch: `pixel_values` (n, 3, side, side), `labels` and `index` int64 (n,). A batch stays one."""
+    if isinstance(items, dict):
+        return items
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "labels": torch.tensor([item["labels"] for item in items]),

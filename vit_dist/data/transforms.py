@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, ViTImageProcessorPil
 from vit_dist.errors import UserError
 from vit_dist.options import DataOptions, ModelOptions
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 TINY_IMAGE_SIZE = 32  # pixels; the input side of `--model tiny`
 
 
@@ -107,7 +108,8 @@ class Transform:
     """PIL images -> float32 tensor (n, 3, side, side), as the model's image processor makes it.
 
     With `augment`, random crops and flips come first, drawn from `(seed, epoch, index)` alone: the same picture at any
-    world size, with any number of workers, and after any restart.
+    world size, with any number of workers, and after any restart. With `to_bytes` the result is uint8, what the
+    processor would rescale and normalise; it must then be one that resizes to a square (see `Pixels.of`).
     """
 
     def __init__(self, processor: Any, augment: DataOptions | None = None, seed: int = 0) -> None:
@@ -116,25 +118,37 @@ class Transform:
         self.crop = augment is not None and augment.random_resized_crop
         self.flip = augment is not None and augment.horizontal_flip
         self.min_scale = augment.crop_min_scale if augment is not None else 1.0
+        self.to_bytes = False
 
     def __call__(self, images: list[Image.Image], places: list[tuple[int, int]]) -> torch.Tensor:
         """`places` are the images' (epoch, index)."""
         if self.crop or self.flip:
             images = [self._augmented(image, *place) for image, place in zip(images, places, strict=True)]
+        if self.to_bytes:
+            square = (self.side, self.side)
+            images = [image.resize(square, Image.Resampling(self.processor.resample)) for image in images]
+            return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
         cropped = {"do_resize": False, "do_center_crop": False} if self.crop else {}
         return torch.from_numpy(np.stack(self.processor(images, return_tensors="np", **cropped)["pixel_values"]))
 
-    def _augmented(self, image: Image.Image, epoch: int, index: int) -> Image.Image:
+    def choose(self, epoch: int, index: int, width: int, height: int) -> tuple[Box, bool]:
+        """Which part of an image of this size (pixels) is seen there, and whether it is mirrored."""
+        box: Box = (0, 0, width, height)
+        if not self.crop and not self.flip:
+            return box, False
         random = np.random.default_rng((self.seed, epoch, index))
         if self.crop:
-            box = _random_box(random, *image.size, self.min_scale)
+            box = _random_box(random, width, height, self.min_scale)
+        return box, self.flip and random.random() < 0.5
+
+    def _augmented(self, image: Image.Image, epoch: int, index: int) -> Image.Image:
+        box, mirrored = self.choose(epoch, index, *image.size)
+        if self.crop:
             image = image.resize((self.side, self.side), Image.Resampling(self.processor.resample), box=box)
-        return ImageOps.mirror(image) if self.flip and random.random() < 0.5 else image
+        return ImageOps.mirror(image) if mirrored else image
 
 
-def _random_box(
-    random: np.random.Generator, width: int, height: int, min_scale: float
-) -> tuple[float, float, float, float]:
+def _random_box(random: np.random.Generator, width: int, height: int, min_scale: float) -> Box:
     """A crop (left, top, right, bottom) of `min_scale` to all of the area, aspect ratio 3:4 to 4:3.
 
     Inception's random resized crop (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842, section 6), with

@@ -1,0 +1,95 @@
+"""Pixels made on the device are the image processor's, whatever holds the images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from vit_dist.data.dataset import collate
+from vit_dist.data.pipeline import build_data
+from vit_dist.data.pixels import Pixels, to_tensor
+from vit_dist.data.resident import ResidentDataset, place_images
+from vit_dist.data.transforms import Transform
+from vit_dist.errors import UserError
+from vit_dist.options import DataOptions, ModelOptions
+
+CPU = torch.device("cpu")
+LEVELS = 2.01  # grey levels, see `Pixels`
+
+
+def processor(side: int, resample: int = 2) -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": side, "width": side}, resample=resample)
+
+
+def pictures(count: int, width: int, height: int) -> list[Image.Image]:
+    random = np.random.default_rng(1)
+    small = [Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in range(count)]
+    return [image.resize((width, height), Image.Resampling.BICUBIC) for image in small]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (90, 61), (300, 500)])
+@pytest.mark.parametrize(("side", "resample"), [(32, 2), (224, 2), (48, 3)])
+def test_crops_and_mirroring_on_the_device_are_those_of_pillow(side: int, resample: int, size: tuple[int, int]) -> None:
+    transform = Transform(processor(side, resample), DataOptions(), seed=3)
+    pixels = Pixels.of(transform.processor)
+    assert pixels is not None
+    images, places = pictures(16, *size), [(2, index) for index in range(16)]
+    boxes, mirrored = zip(*[transform.choose(*place, *size) for place in places], strict=True)
+    assert 0 < sum(mirrored) < 16
+    batch = torch.stack([to_tensor(image) for image in images])
+    made = pixels(batch, torch.tensor(boxes, dtype=torch.float32), torch.tensor(mirrored))
+    difference = ((made - transform(images, places)) / pixels._scale).abs()
+    assert difference.max() < LEVELS and (difference > 0.5).float().mean() < 0.1
+
+
+def test_a_processor_that_does_something_else_is_not_imitated() -> None:
+    assert Pixels.of(ViTImageProcessorPil(size={"height": 32, "width": 24})) is None
+    assert Pixels.of(ViTImageProcessorPil(size={"shortest_edge": 32})) is None
+    lies = processor(32)
+    lies.do_normalize = False
+    assert Pixels.of(lies) is None, "it names a mean and does not subtract it"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    options = DataOptions(max_train_samples=60, max_eval_samples=20, max_predict_samples=20)
+    return build_data(options, ModelOptions(model="tiny"), 0, lambda title: lambda done, total: None)
+
+
+def test_all_sources_make_the_same_batches(digits) -> None:
+    """Whatever else is in the batch; bytes go through the loader as they are."""
+    keys = [60 * 3 + 7, 60 * 3 + 1, 60 * 3 + 59]
+    expected = collate(digits.train.__getitems__(keys))
+    for source in ("resident", "stream"):
+        placed, pixels, resident = place_images(digits, source, CPU, 0)
+        assert resident == (source == "resident") and isinstance(placed.train, ResidentDataset) == resident
+        assert source in " ".join(placed.description)
+        batch = collate(placed.train.__getitems__(keys))
+        assert batch["pixel_values"].dtype == torch.uint8
+        made = pixels(batch["pixel_values"], batch.get("boxes"), batch.get("mirrored"))
+        assert ((made - expected["pixel_values"]) / pixels._scale).abs().max() < LEVELS
+        for name in ("labels", "index"):
+            assert torch.equal(batch[name], expected[name])
+        alone = placed.train[keys[1]]
+        assert torch.equal(alone["pixel_values"], batch["pixel_values"][1])
+
+
+def test_on_a_cpu_the_processor_is_the_default(digits) -> None:
+    placed, pixels, resident = place_images(digits, "auto", CPU, 0)
+    assert placed is digits and pixels is None and not resident
+
+
+def test_what_cannot_be_resident_is_told(photos: Path, digits) -> None:
+    options = DataOptions(data=str(photos))
+    data = build_data(options, ModelOptions(model="tiny"), 0, lambda title: lambda done, total: None)
+    with pytest.raises(UserError, match="image_source=resident: images of several sizes; use auto or stream"):
+        place_images(data, "resident", CPU, 0)
+    odd = dataclasses.replace(digits, processor=ViTImageProcessorPil(size={"shortest_edge": 32}))
+    with pytest.raises(UserError, match="image_source=stream: the model's image processor does more"):
+        place_images(odd, "stream", CPU, 0)

@@ -1,0 +1,59 @@
+"""Runs whose images lie on the device as bytes, and compiled ones: the same curve, on one process and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import losses, results
+from lab import Lab
+
+SETTINGS: dict[str, tuple[int, list[Any]]] = {  # processes, flags
+    "processor": (1, []),
+    "stream": (1, ["--image_source", "stream"]),
+    "resident": (1, ["--image_source", "resident"]),
+    "resident on two": (2, ["--image_source", "resident"]),
+    "resident, compiled": (1, ["--image_source", "resident", "--torch_compile", "true"]),
+    "stream on two, compiled": (2, ["--image_source", "stream", "--torch_compile", "true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    base = [
+        "digits", "--model", checkpoint, "--max_train_samples", 203, "--max_eval_samples", 50, "--max_steps", 40,
+        "--max_predict_samples", 50, "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_strategy", "epoch",
+        "--save_strategy", "epoch", "--report_to", "none", "--dataloader_num_workers", 0, "--num_train_epochs", 2,
+        "--global_batch_size", 8,
+    ]  # fmt: skip
+    lab = Lab(root, base)
+    for name, (processes, flags) in SETTINGS.items():
+        lab.run(root / name, *flags, processes=processes)
+    return {name: root / name for name in SETTINGS}
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "processor"])
+def test_the_curve_is_the_processors(folders: dict[str, Path], name: str) -> None:
+    """Bytes differ from it by a grey level here and there."""
+    expected, other = losses(folders["processor"]), losses(folders[name])
+    assert list(expected) == list(other) == list(range(1, 41))
+    assert max(expected.values()) - min(expected.values()) > 0.3, "a curve that does not move proves nothing"
+    assert other == pytest.approx(expected, abs=0.02)
+    for key in ("eval_loss", "test_loss"):
+        assert results(folders[name])[key] == pytest.approx(results(folders["processor"])[key], abs=0.02)
+
+
+@pytest.mark.parametrize(("one", "other"), [("resident", "resident on two"), ("resident", "resident, compiled")])
+def test_neither_processes_nor_compiling_change_it(folders: dict[str, Path], one: str, other: str) -> None:
+    assert losses(folders[other]) == pytest.approx(losses(folders[one]), abs=1e-4)
+    assert results(folders[other])["test_loss"] == pytest.approx(results(folders[one])["test_loss"], abs=1e-4)
+
+
+def test_what_was_chosen_is_printed(folders: dict[str, Path]) -> None:
+    printed = {name: folder.with_suffix(".log").read_text() for name, folder in folders.items()}
+    assert "images resident on cpu, 0 MB of bytes: no data loading" in printed["resident"]
+    assert "images streamed as bytes, normalised on the device" in printed["stream"]
+    assert "blocks compiled at the first step" in printed["stream on two, compiled"]
+    assert "compiled" not in printed["processor"]

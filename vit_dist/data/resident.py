@@ -1,0 +1,157 @@
+"""Where a batch's pixels are made: by the image processor on the CPU, or out of bytes on the device that trains."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from vit_dist.data.dataset import ImageDataset
+from vit_dist.data.pipeline import ImageData
+from vit_dist.data.pixels import Pixels, to_tensor
+from vit_dist.errors import UserError
+
+MOST_BYTES = 8 * 2**30  # of all splits together; CIFAR-10 has 184 MB
+MOST_SHARE = 0.25  # of the device's memory
+SEVERAL = "images of several sizes"
+_BY_WORKERS = 4096  # images from which on decoding is worth its own processes
+
+
+def place_images(
+    data: ImageData, source: str, device: torch.device, workers: int
+) -> tuple[ImageData, Pixels | None, bool]:
+    """The same data for `--image_source`, what makes the model's input of its batches, and whether it is resident.
+
+    No Pixels: batches have the model's input already. Raises UserError if what was asked for cannot be. `workers` are
+    processes that may decode.
+    """
+    if source == "processor" or (source == "auto" and device.type != "cuda"):
+        return data, None, False
+    pixels = Pixels.of(data.processor)
+    if pixels is None:
+        reason = "the model's image processor does more than resize to a square, rescale and normalise"
+        if source != "auto":
+            raise UserError(f"image_source={source}: {reason}; use auto or processor")
+        return _with(data, _splits(data), f"images made by the processor on the CPU: {reason}"), None, False
+    pixels.to(device)
+    refused = _refusal(data, device) if source != "stream" else ""
+    if not refused and source != "stream":
+        held = {split: _decoded(dataset, workers) for split, dataset in _splits(data).items()}
+        sets = {
+            split: ResidentDataset(dataset, images.to(device))
+            for split, dataset in _splits(data).items()
+            if (images := held[split]) is not None
+        }
+        if len(sets) == len(held):
+            size = sum(dataset.images.numel() for dataset in sets.values())
+            note = f"images resident on {device}, {size / 1e6:,.0f} MB of bytes: no data loading"
+            return _with(data, sets, note), pixels, True
+        refused = SEVERAL
+    if source == "resident":
+        raise UserError(f"image_source=resident: {refused}; use auto or stream")
+    note = "images streamed as bytes, normalised on the device" + (f" (not resident: {refused})" if refused else "")
+    return _with(data, {split: _as_bytes(dataset) for split, dataset in _splits(data).items()}, note), pixels, False
+
+
+class ResidentDataset(ImageDataset):
+    """A split whose images lie on the device as bytes: uint8 (images, 3, height, width), all of one size.
+
+    `__getitems__` is a batch already: `pixel_values` uint8, `boxes` and `mirrored` (see `Pixels`), `labels`, `index`.
+    Nothing in it waits for the device.
+    """
+
+    def __init__(self, dataset: ImageDataset, images: torch.Tensor) -> None:
+        super().__init__(dataset.table, dataset.transform, dataset.rules)
+        self.images = images
+        self._labels = torch.tensor(self.table["label"], device=images.device)
+
+    def __getitem__(self, key: int) -> dict[str, Any]:
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+    def __getitems__(self, keys: list[int]) -> Any:
+        places = [divmod(key, len(self)) for key in keys]
+        height, width = self.images.shape[2:]
+        chosen = [self.transform.choose(epoch, index, width, height) for epoch, index in places]
+        rows = torch.tensor(
+            [[index, mirrored, *box] for (_, index), (box, mirrored) in zip(places, chosen, strict=True)],
+            dtype=torch.float64,
+        )
+        if self.images.device.type == "cuda":
+            rows = rows.pin_memory()
+        rows = rows.to(self.images.device, non_blocking=True)
+        index = rows[:, 0].long()
+        return {
+            "pixel_values": self.images[index],
+            "boxes": rows[:, 2:].float(),
+            "mirrored": rows[:, 1] > 0,
+            "labels": self._labels[index],
+            "index": index,
+        }
+
+
+def _splits(data: ImageData) -> dict[str, ImageDataset]:
+    sets = {"train": data.train, "validation": data.validation, "test": data.test}
+    return {split: dataset for split, dataset in sets.items() if dataset is not None}
+
+
+def _with(data: ImageData, sets: Mapping[str, ImageDataset], note: str) -> ImageData:
+    description = [*data.description, note]
+    return dataclasses.replace(
+        data, train=sets["train"], validation=sets["validation"], test=sets.get("test"), description=description
+    )
+
+
+def _as_bytes(dataset: ImageDataset) -> ImageDataset:
+    transform = copy.copy(dataset.transform)
+    transform.to_bytes = True
+    return ImageDataset(dataset.table, transform, dataset.rules)
+
+
+def _refusal(data: ImageData, device: torch.device) -> str:
+    """Why the images cannot be resident, as far as their number and the first ones say; empty if they may."""
+    room = torch.cuda.get_device_properties(device).total_memory * MOST_SHARE if device.type == "cuda" else MOST_BYTES
+    sizes, needed = set(), 0
+    for dataset in _splits(data).values():
+        first = [dataset.decoded(index).size for index in range(min(4, len(dataset)))]
+        sizes |= set(first)
+        needed += 3 * len(dataset) * first[0][0] * first[0][1]
+    if len(sizes) > 1:
+        return SEVERAL
+    most = min(room, MOST_BYTES)
+    return f"{needed / 2**30:,.1f} GiB of bytes, at most {most / 2**30:,.1f} are kept" if needed > most else ""
+
+
+class _Decoded(torch.utils.data.Dataset):
+    """Rows as bytes (3, height, width)."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return to_tensor(self.dataset.decoded(index))
+
+
+def _stacked(images: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else None
+
+
+def _decoded(dataset: ImageDataset, workers: int) -> torch.Tensor | None:
+    """All images of a split, or None if they are not of one size."""
+    many = len(dataset) >= _BY_WORKERS
+    loader = DataLoader(_Decoded(dataset), 256, collate_fn=_stacked, num_workers=workers if many else 0)
+    held, begin = torch.empty(0), 0
+    for images in loader:
+        if images is None or (begin and images.shape[1:] != held.shape[1:]):
+            return None
+        if not begin:
+            held = torch.empty((len(dataset), *images.shape[1:]), dtype=torch.uint8)
+        held[begin : begin + len(images)] = images
+        begin += len(images)
+    return held
