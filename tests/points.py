@@ -68,7 +68,7 @@ def install(rank: int, text: str | None = None) -> None:
 
 def witness(rank: int) -> None:
     """Write down what is trained on (RECORD_IMAGES, a folder) and what is decoded (RECORD_DECODED, a file); make a
-    number NaN (POISON); say how good each step's model is (FAKE_LOSS)."""
+    number NaN (POISON) and look for it as on a GPU (LOOK_LATE); say how good each step's model is (FAKE_LOSS)."""
     if folder := os.environ.get("RECORD_IMAGES"):
         inner = trainer.ExactTrainer.compute_loss
         micro: dict[int, int] = {}
@@ -81,6 +81,8 @@ def witness(rank: int) -> None:
             return inner(self, model, inputs, *args, **kwargs)
 
         trainer.ExactTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    if os.environ.get("LOOK_LATE"):  # as on a GPU
+        trainer.ExactTrainer.LATE_ON = ("cpu",)
     if poison := os.environ.get("POISON"):  # gradient or weight:rank:step
         kind, on, at = poison.split(":")
         training_step = trainer.ExactTrainer.training_step

@@ -112,6 +112,8 @@ class ExactTrainer(ResumableTrainer):
     for full batches, so the last batch of an evaluation is filled up.
     """
 
+    LATE_ON = ("cuda",)  # kinds of devices that the host does not wait for at each step
+
     def __init__(
         self,
         *,
@@ -141,7 +143,7 @@ class ExactTrainer(ResumableTrainer):
         self._norms: list[tuple[int, torch.Tensor]] = []
         # A look makes the host wait for the device. On GPUs it is taken where there is something to log, evaluate or
         # save: what is not finite is in no checkpoint, and up to `logging_steps` steps are lost.
-        self.looks_late = self.args.device.type == "cuda" and not self.is_deepspeed_enabled
+        self.looks_late = self.args.device.type in self.LATE_ON and not self.is_deepspeed_enabled
         if self.looks_late:
             self.add_callback(_LookBeforeItIsKept(self))
 
@@ -231,16 +233,20 @@ class ExactTrainer(ResumableTrainer):
 
     def stop_unless_finite(self) -> None:
         """What is not finite among the steps since the last look (all ranks participate; they wait for the device)."""
-        if self._losses:
-            self._stop_unless_finite()
         steps = [step for step, _ in self._norms]
         norms = torch.stack([norm for _, norm in self._norms]).tolist() if steps else []
         self._norms.clear()
-        for step, norm in zip(steps, norms, strict=True):
-            self._check_norm(norm, step)
+        bad = next(((step, norm) for step, norm in zip(steps, norms, strict=True) if not math.isfinite(norm)), None)
+        if self._losses:
+            self._stop_unless_finite(bad[0] if bad else None)
+        if bad:
+            self._check_norm(bad[1], bad[0])
 
-    def _stop_unless_finite(self) -> None:
-        """Raise UserError on every rank if any image's loss is NaN or infinite (all ranks participate)."""
+    def _stop_unless_finite(self, until: int | None = None) -> None:
+        """Raise UserError on every rank if any image's loss is NaN or infinite (all ranks participate).
+
+        `until`: a step whose gradient was not finite; what comes after it follows from that.
+        """
         steps = [step for step, _, losses in self._losses for _ in range(len(losses))]
         index, loss = (torch.cat(parts) for parts in list(zip(*self._losses, strict=True))[1:])
         self._losses.clear()
@@ -249,6 +255,8 @@ class ExactTrainer(ResumableTrainer):
             places = torch.nonzero(bad).flatten().tolist()
             step = min((steps[place] for place in places), default=None)
             step = min(one for one in gather(step) if one is not None)  # later ones follow from it
+            if until is not None and step > until:
+                return
             mine = [self._name(int(index[place])) for place in places if steps[place] == step]
             found = {rank: images for rank, images in enumerate(gather(mine)) if images}
             where = "; ".join(

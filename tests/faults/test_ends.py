@@ -89,13 +89,15 @@ def test_a_killed_rank_is_named_by_another(lab: Lab) -> None:
     assert status(folder)["state"] == "complete" and not (folder / "failure.json").exists()
 
 
+@pytest.mark.parametrize("late", ["", "late"])
 @pytest.mark.parametrize("what", ["gradient", "weight"])
-def test_a_number_that_is_not_finite_stops_all_before_the_step(lab: Lab, what: str) -> None:
-    """On one rank; nothing of it is ever saved. In an image's pixels: test_failures.py."""
-    folder = lab.root / f"nan_{what}"
-    job = lab.run(folder, processes=2, expect=2, POISON=f"{what}:1:7")
+def test_a_number_that_is_not_finite_stops_all_and_is_never_saved(lab: Lab, what: str, late: str) -> None:
+    """On one rank; before the step, or on GPUs before anything is kept. In an image's pixels: test_failures.py."""
+    folder = lab.root / f"nan_{what}{late}"
+    job = lab.run(folder, processes=2, expect=2, POISON=f"{what}:1:7", LOOK_LATE=late)
     (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
-    assert f"the {'loss' if what == 'weight' else what} is NaN or infinite at step 7, before the optimizer step" in line
+    when = "noticed later, and nothing since was saved" if late else "before the optimizer step"
+    assert f"the {'loss' if what == 'weight' else what} is NaN or infinite at step 7, {when}" in line
     assert ("rank 1: images" in line) == (what == "weight") and "rank 0" not in line
     assert committed(folder) == [5] and status(folder)["state"] == "failed"
     lab.run(folder, processes=2)

@@ -1,0 +1,104 @@
+"""Train steps and training loops that others would write, each with the settings that its authors recommend.
+
+All take a device and sizes, and return what one call does; `benchmarks/gpu.py` times them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+Step = Callable[[], None]
+
+
+def plain_step(model: torch.nn.Module, call: Callable[..., torch.Tensor], images: torch.Tensor) -> Step:
+    """Forward in bf16 autocast, cross-entropy, backward, fused AdamW: the same loop for every model."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    labels = torch.randint(0, 10, (len(images),), device=images.device)
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = call(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timm_step(device: torch.device, images: torch.Tensor, channels_last: bool, **sizes: Any) -> Step:
+    """timm's `vit_base_patch16_224`, compiled as its train.py does with --torchcompile."""
+    import timm
+
+    model = timm.create_model("vit_base_patch16_224", num_classes=10, **sizes).to(device).train()
+    if channels_last:
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    return plain_step(model, torch.compile(model), images)
+
+
+def ours_step(model: Any, device: torch.device, images: torch.Tensor, narrow: bool) -> Step:
+    """The model of `vit_dist`, as its trainer gets it."""
+    from vit_dist.blocks import Compilation, speed_up
+
+    model = model.to(device).train()
+    speed_up(model, None, Compilation(True, ""), narrow, device)
+    return plain_step(model, lambda x: model(pixel_values=x).logits, images)
+
+
+def tutorial(model: Any, folder: Path, data: Path, out: Path, steps: int, clock: Any) -> None:
+    """The tutorial: processor in the main process, float32, batch 16, `TrainingArguments` as it writes them."""
+    import datasets
+    from transformers import AutoImageProcessor, Trainer, TrainingArguments
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    split = datasets.load_dataset("parquet", data_files=str(next(data.glob("train-*"))), split="train")
+
+    def transform(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        inputs = processor([image.convert("RGB") for image in rows["img"]], return_tensors="pt")
+        return {"pixel_values": inputs["pixel_values"], "labels": rows["label"]}
+
+    args = TrainingArguments(
+        output_dir=str(out), per_device_train_batch_size=16, max_steps=steps, learning_rate=2e-5, logging_steps=10,
+        save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    train = split.with_transform(transform)
+    Trainer(model, args, train_dataset=train, data_collator=_collate, callbacks=[clock]).train()
+
+
+def hf_example(
+    model: Any, folder: Path, data: Path, out: Path, steps: int, batch: int, workers: int, clock: Any
+) -> None:
+    """`examples/pytorch/image-classification` of transformers, with the fastest flags that it takes."""
+    import datasets
+    from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
+    from transformers import AutoImageProcessor, Trainer, TrainingArguments
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    normalize = Normalize(mean=processor.image_mean, std=processor.image_std)
+    augment = Compose([RandomResizedCrop(processor.size["height"]), RandomHorizontalFlip(), ToTensor(), normalize])
+    split = datasets.load_dataset("parquet", data_files=str(next(data.glob("train-*"))), split="train")
+
+    def transform(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        return {"pixel_values": [augment(image.convert("RGB")) for image in rows["img"]], "labels": rows["label"]}
+
+    gpu = torch.cuda.is_available()
+    args = TrainingArguments(
+        output_dir=str(out), per_device_train_batch_size=batch, max_steps=steps, learning_rate=2e-5, logging_steps=50,
+        save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True, bf16=True,
+        tf32=True if gpu else None, torch_compile=True, dataloader_num_workers=workers, dataloader_drop_last=True,
+        dataloader_persistent_workers=workers > 0, dataloader_prefetch_factor=4 if workers else None,
+        accelerator_config={"non_blocking": True}, use_cpu=not gpu,
+    )  # fmt: skip
+    train = split.with_transform(transform)
+    Trainer(model, args, train_dataset=train, data_collator=_collate, callbacks=[clock]).train()
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+    }
