@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py CIFAR10 PHOTOS OUT.json      CIFAR-10 as Parquet; a class folder of photos
     ... --small                                           a trial of everything with a tiny model, also on a CPU
+    ... --parts train step                                some of the parts
 
 ViT-B/16 at 224 pixels, random weights, bf16 unless a peer's recipe says otherwise. Parts, each a process of its own:
 
@@ -232,8 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cifar10", type=Path)
     parser.add_argument("photos", type=Path)
-    parser.add_argument("out", nargs="?")
+    parser.add_argument("out")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
@@ -244,7 +246,7 @@ def main() -> None:
         sys.stdout.write(json.dumps({given.part: found, **facts}) + "\n")
         return
     measured: dict[str, Any] = {}
-    for part in PARTS:
+    for part in given.parts:
         begin = time.perf_counter()
         try:
             done = subprocess.run(

@@ -40,6 +40,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *, writer: CheckpointWriter, steps_per_epoch: int, **kwargs: Any) -> None:
         self.writer, self.steps_per_epoch = writer, steps_per_epoch
         self.facts: dict[str, Any] = {}  # for the manifests of checkpoints
+        self.first_step = 0  # at which this attempt began: 0, or its checkpoint's
         super().__init__(**kwargs)
         self.add_callback(_Continue(self))
         self.add_callback(_StopWhenAsked(self))
@@ -48,11 +49,6 @@ class ResumableTrainer(Trainer):
         self._to_evaluate: dict[str, bool] | None = None  # an evaluation that was interrupted, and what follows it
         self._best_loaded = False
         self._save_at_epoch_end = self._in_epoch = False  # see `_StopWhenAsked`
-
-    @property
-    def first_step(self) -> int:
-        """The step at which this attempt began: 0, or its checkpoint's."""
-        return self._initial_global_step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """No batch after the last step (see `LastStep`)."""
@@ -211,10 +207,15 @@ class ResumableTrainer(Trainer):
         optimizer = cast(Any, self.optimizer)
         asked = hyperparameters(optimizer)
         try:
-            if self.is_deepspeed_enabled or layout(Path(checkpoint)) == self._layout == "plain":
+            if self.is_deepspeed_enabled:
                 super()._load_optimizer_and_scheduler(checkpoint)
             else:
-                load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), optimizer.optimizer)
+                if layout(Path(checkpoint)) == self._layout == "plain":
+                    # Upstream reads it to the device, which in 5.17 fails on `cpu:0`; it gets there by itself.
+                    whole = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+                    optimizer.load_state_dict(whole)
+                else:
+                    load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), optimizer.optimizer)
                 state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
                 self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
         except pickle.UnpicklingError as error:
@@ -246,6 +247,7 @@ class _Continue(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.first_step = state.global_step
         self.trainer._restore_state()
 
 
