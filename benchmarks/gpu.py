@@ -60,7 +60,7 @@ class Clock(TrainerCallback):
             torch.cuda.set_sync_debug_mode("warn")
 
     def _note(self, message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
-        if "synchronizing" in str(message):
+        if "called a synchronizing" in str(message):  # switching the mode on warns of the mode
             self.syncs.append(f"{Path(filename).name}:{lineno}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

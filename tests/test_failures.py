@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 from conftest import results, run, run_until_step, write_photos
 from fork_ranks import fork_ranks
 
+from vit_dist import stop
 from vit_dist.distributed import check_launch, use_one_device
 from vit_dist.errors import UserError
 
@@ -107,6 +110,20 @@ def test_a_diverging_loss_stops_the_run_and_names_the_images(tmp_path: Path, pho
     )  # fmt: skip
     assert "NaN or infinite at step" in failed.stderr and "rank 0: images" in failed.stderr and ".png" in failed.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_failure_ends_at_once_though_data_loading_processes_are_left(
+    tmp_path: Path, photos: Path, checkpoint: Path
+) -> None:
+    """They are shielded from signals; the interpreter would wait for them, and PyTorch report their end as well."""
+    script = [sys.executable, Path(__file__).parent / "faulty_train.py", "--data", photos, "--model", checkpoint, *FEW]
+    more = ["--dataloader_num_workers", 2, "--output_dir", tmp_path / "run"]
+    failed = subprocess.run(
+        list(map(str, [*script, *more])), env={**os.environ, "VIT_DIST_FAULT": "after_snapshot:0:1:exc"},
+        capture_output=True, text=True, timeout=stop.WORKER_GRACE + 90,
+    )  # fmt: skip
+    assert failed.returncode == 1 and failed.stderr.count("Traceback") == 1
+    assert failed.stderr.rstrip().endswith("RuntimeError: a fault of the test")
 
 
 def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out: str) -> None:

@@ -42,7 +42,7 @@ def choose_compilation(training: dict[str, Any], strategy: str, device: torch.de
     if asked is None and device.type != "cuda":
         return Compilation(False, "")
     if asked is None and (missing := _missing()):
-        return Compilation(False, f"not compiled: {missing}; steps would be about a third faster")
+        return Compilation(False, f"not compiled: {missing}; steps are slower for it")
     how = {name: value for name, value in (("backend", backend), ("mode", mode)) if value}
     return Compilation(True, "blocks compiled at the first step", how)
 
@@ -85,7 +85,7 @@ def compile_blocks(model: PreTrainedModel, how: dict[str, Any]) -> int:
     """Compile each block by itself, before the model is wrapped; returns how many, 0 if the model has none.
 
     Blocks of one kind share their kernels, so that it takes seconds, and gradients are ready block by block, which DDP
-    needs to send them early. Cost: nothing is fused across blocks, about 2 % of a step of ViT-B/16 on an H200.
+    needs to send them early. Cost: nothing is fused across blocks, 2 % of a step (docs/speed.md).
     """
     blocks = [block for group in repeated_blocks(model) for block in group]
     for block in blocks:
@@ -96,8 +96,8 @@ def compile_blocks(model: PreTrainedModel, how: dict[str, Any]) -> int:
 def patches_by_matmul(model: PreTrainedModel, how: dict[str, Any] | None = None) -> bool:
     """Compute the patch embedding, a convolution whose stride is its kernel, as the matrix product that it is.
 
-    cuDNN's needs other memory layouts: 3.2 of 70 ms of a step of ViT-B/16 with 256 images on an H200, where the product
-    takes 0.3. Returns whether the model has such a layer. `how` compiles it, if it is not None.
+    cuDNN's works in another memory layout and converts to it; a step is 5 % shorter without (docs/speed.md). Returns
+    whether the model has such a layer. `how` compiles it, if it is not None.
     """
     for module in model.modules():
         if type(module) is nn.Conv2d and _is_patching(module):
