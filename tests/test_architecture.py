@@ -22,6 +22,16 @@ ALLOWED: dict[str, set[str]] = {
     "settings_file": {"errors"},
     "config": {"errors", "options", "settings_file"},
     "console": set(),
+    "verb": {"errors"},
+    "flops": set(),
+    "build": {
+        "blocks", "console", "distributed", "strategy", "checkpoint.writer", "config", "data.pipeline", "data.resident",
+        "metrics.__init__", "model", "trainer",
+    },
+    "bench": {
+        "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
+        "flops", "run_folder", "strategy", "verb",
+    },
     "preflight": {"attempts", "bundle", "checks", "config", "console", "entry"},
     "distributed": {"errors"},
     "entry": {"console", "distributed", "errors", "redact", "stop"},
@@ -88,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
         "callbacks.wandb",
     },
     "summary": {
-        "__init__", "attempts", "batch", "config", "data.pipeline", "model", "schedule", "trackers", "trainer",
+        "__init__", "attempts", "batch", "build", "config", "schedule", "trackers",
     },
     "report": {"files", "config", "data.dataset", "data.decode"},
     "results": {
@@ -97,8 +107,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {
         "arguments", "attempts", "batch", "bundle", "callbacks.watchdog", "checkpoint.writer", "errors", "failure",
-        "blocks", "owner", "run_folder", "stop", "config", "console", "distributed", "entry", "data.pipeline",
-        "data.resident", "metrics.__init__",
+        "build", "owner", "run_folder", "stop", "config", "console", "distributed", "entry",
         "model", "results", "strategy", "summary", "trackers", "trainer",
     },
     "checks": {
@@ -112,15 +121,15 @@ ALLOWED: dict[str, set[str]] = {
     },
     "plan": {
         "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "memory",
-        "metrics.__init__", "model", "run_folder", "schedule", "strategy", "trainer",
+        "metrics.__init__", "model", "run_folder", "schedule", "strategy", "trainer", "verb",
     },
-    "sweep": {"config", "console", "errors", "run_folder", "settings_file", "train"},
-    "slurm": {"config", "console", "errors", "preflight", "sweep"},
+    "sweep": {"config", "console", "errors", "run_folder", "settings_file", "train", "verb"},
+    "slurm": {"config", "console", "errors", "preflight", "sweep", "verb"},
     "fetch": {
         "bundle", "config", "console", "entry", "errors", "files", "data.hub", "data.transforms", "metrics.__init__",
-        "run_folder",
+        "run_folder", "verb",
     },
-    "sync": {"callbacks.wandb", "console", "entry", "errors", "owner", "redact"},
+    "sync": {"callbacks.wandb", "console", "entry", "errors", "owner", "redact", "verb"},
     "cli": {"__init__", "sweep"},  # and the module of each verb, by its name
 }  # fmt: skip
 

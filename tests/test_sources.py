@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 from conftest import losses, results
 from lab import Lab
 
+COMPILE = ["--torch_compile_backend", "inductor" if shutil.which("g++") else "aot_eager"]
 SETTINGS: dict[str, tuple[int, list[Any]]] = {  # processes, flags
     "processor": (1, []),
     "stream": (1, ["--image_source", "stream"]),
     "resident": (1, ["--image_source", "resident"]),
     "resident on two": (2, ["--image_source", "resident"]),
-    "resident, compiled": (1, ["--image_source", "resident", "--torch_compile", "true"]),
-    "stream on two, compiled": (2, ["--image_source", "stream", "--torch_compile", "true"]),
+    "resident, compiled": (1, ["--image_source", "resident", *COMPILE]),
+    "stream on two, compiled": (2, ["--image_source", "stream", *COMPILE]),
 }
 
 

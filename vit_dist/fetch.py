@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +26,7 @@ from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import remove, replacing, seal, sha256, sync_folder, sync_tree
 from vit_dist.run_folder import versions
+from vit_dist.verb import Parser
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -76,13 +77,8 @@ def fetch(argv: Sequence[str]) -> None:
     console.say(f"run with it: {bundle.VARIABLE}={folder}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see vit-dist fetch --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="vit-dist fetch",
         usage="vit-dist fetch [RECIPE] [--bundle FOLDER] [--flag value ...]",
         description=f"{__doc__}\nAll other flags are those of `vit-dist train`.",

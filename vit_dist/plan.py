@@ -19,6 +19,7 @@ from vit_dist import bundle, console, run_folder
 from vit_dist.batch import Batch, scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
+from vit_dist.verb import Parser
 
 GPU_MEMORY = {  # decimal GB, as they are sold; about 1 % less can be allocated
     "h200": 141, "h100": 80, "a100": 80, "a100-40": 40, "l40s": 48, "a6000": 48, "a10": 24, "l4": 24, "rtx4090": 24,
@@ -69,13 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if plan["fits"] is not False else 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see vit-dist plan --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="vit-dist plan",
         usage="vit-dist plan [RECIPE] [--gpus N] [--nodes N] [--gpu NAME] [--flag value ...]",
         description="Show what a run would do and need: batch, steps, learning rate, memory, disk, time. Nothing is "

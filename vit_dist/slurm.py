@@ -10,7 +10,6 @@ What a job would only find out after hours in the queue is refused here; the scr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -24,11 +23,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from vit_dist import console, preflight, sweep
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
+from vit_dist.verb import Parser
 
 USAGE = "usage: vit-dist slurm [sbatch options] train|doctor|sweep ... [--strategy NAME] [--throttle K] [--print]"
 VERBS = ("train", "doctor", "sweep")
@@ -132,7 +131,7 @@ def parse(words: Sequence[str]) -> Request:
         hint = f"did you mean {near[0]}?" if near else f"options of sbatch stand before {', '.join(VERBS)}"
         raise UserError(f"{what}; {hint}; see vit-dist slurm --help")
     ours = [word for option in options if option.name in OWN for word in option.words]
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="vit-dist slurm", add_help=False, allow_abbrev=False)
     parser.add_argument("--strategy")
     parser.add_argument("--throttle", type=int)
     parser.add_argument("--print", action="store_true")
@@ -318,11 +317,6 @@ def _python(asked: Asked) -> dict[str, str]:
     if "PYTHON" in os.environ or "container-image" in asked or "container" in asked or not exported:
         return {}
     return {"PYTHON": sys.executable}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see vit-dist slurm --help")
 
 
 if __name__ == "__main__":

@@ -7,27 +7,22 @@ from pathlib import Path
 from vit_dist import __version__
 from vit_dist.attempts import Attempt
 from vit_dist.batch import Batch
+from vit_dist.build import Built
 from vit_dist.config import Config
-from vit_dist.data.pipeline import ImageData
-from vit_dist.model import BuiltModel
 from vit_dist.schedule import describe_rate, total_steps
 from vit_dist.trackers import Trackers
-from vit_dist.trainer import ExactTrainer
 
 
 def describe(
     config: Config,
     attempt: Attempt,
-    data: ImageData,
-    built: BuiltModel,
-    trainer: ExactTrainer,
+    built: Built,
     batch: Batch,
     strategy: str,
     idle_gpus: int,
     reporting: Trackers | None,
-    compiled: str = "",
 ) -> list[str]:
-    args, batches = trainer.args, trainer.batches
+    args, batches, compiled = built.trainer.args, built.trainer.batches, built.compilation.note
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     if args.fp16 and args.device.type == "cpu":
         precision = "fp32 (fp16 does nothing on a CPU)"
@@ -37,9 +32,9 @@ def describe(
     steps = total_steps(config, batches.steps_per_epoch)
     metrics = ", ".join(["metrics.jsonl", *reporting.lines]) if reporting else ""
     lines = [("vit_dist", f"{__version__}, {config.source}, seed {args.seed}")]
-    lines += [("data" if i == 0 else "", line) for i, line in enumerate(data.description)]
+    lines += [("data" if i == 0 else "", line) for i, line in enumerate(built.data.description)]
     lines += [
-        ("model", built.description),
+        ("model", built.model.description),
         ("devices", f"{devices}; {compiled}" if compiled else devices),
         ("batch", str(batch)),
         ("steps", f"{batches.steps_per_epoch:,} per epoch, {steps:,} in all"),

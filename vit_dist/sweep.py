@@ -13,7 +13,6 @@ Flags behind the file are for all members and win; `--output_dir` is the folder 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
@@ -23,13 +22,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import yaml
 
 from vit_dist import settings_file
 from vit_dist.errors import UserError
 from vit_dist.settings_file import Setting
+from vit_dist.verb import Parser
 
 if TYPE_CHECKING:
     from vit_dist.config import Config
@@ -181,13 +181,8 @@ def main(argv: Sequence[str] | None = None, train: Callable[[list[str]], int] | 
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see vit-dist sweep --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="vit-dist sweep",
         usage="vit-dist sweep SWEEP.yaml [--run N | --count | --name | --member N] [--flag value ...]",
         description="Show the members of a sweep and what became of them, or train one. All other flags are those of "
@@ -207,7 +202,7 @@ def _parser() -> _Parser:
 
 def _root(name: str, flags: Sequence[str]) -> tuple[Path, list[str]]:
     """The folder of the members' folders, and the flags without the one that says it."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / name)
     asked, others = parser.parse_known_args(list(flags))
     return asked.output_dir, others

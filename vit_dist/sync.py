@@ -11,13 +11,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from vit_dist import console, entry
 from vit_dist.callbacks.wandb import base_url, logged_in, unreachable
 from vit_dist.errors import UserError
 from vit_dist.owner import owned
 from vit_dist.redact import redact
+from vit_dist.verb import Parser
 
 # wandb has then sent all whole records, and leaves the attempt without its mark: it may be written yet.
 CUT_SHORT = "ends with an incomplete record"
@@ -90,16 +90,11 @@ def _push(attempt: Path) -> str:
     return ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see vit-dist sync --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sync`; exit codes as `entry.run` has them."""
 
     def body() -> int:
-        parser = _Parser(
+        parser = Parser(
             prog="vit-dist sync",
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -74,39 +74,23 @@ def fit(
     """From the data to the report, in a folder that is ours. `asked` is the strategy; `held` ends with the run."""
     import torch
 
-    from vit_dist import blocks, failure, results, strategy, summary, trackers
+    from vit_dist import failure, results, strategy, summary, trackers
+    from vit_dist.build import build
     from vit_dist.checkpoint.writer import CheckpointWriter
-    from vit_dist.data.pipeline import build_data
-    from vit_dist.data.resident import place_images
-    from vit_dist.metrics import ClassificationMetrics
-    from vit_dist.model import build_model
-    from vit_dist.trainer import build_trainer, require_metric
 
-    data = build_data(config.data, config.model, config.data_seed, console.progress)
-    distributed.agree({"data": data.record["fingerprint"]}, "do all nodes see the same files?")
-    workers = args.dataloader_num_workers
-    data, pixels, resident = place_images(data, config.data.image_source, args.device, workers)
-    if resident:
-        args.dataloader_num_workers, args.dataloader_persistent_workers, args.dataloader_pin_memory = 0, False, False
-        args.dataloader_prefetch_factor = None
-    built = build_model(config.model, data.classes, data.input_size, seed=args.seed, cache_dir=config.data.cache_dir)
-    metrics = ClassificationMetrics(data.classes, config.run.metrics)
-    require_metric(config.training["metric_for_best_model"], metrics)
-    strategy.mark_blocks(built.model)
-    compilation = blocks.choose_compilation(config.training, asked, args.device)
-    blocks.speed_up(built.model, pixels, compilation, config.model.bf16_residual, args.device)
-    weights = sum(parameter.nbytes for parameter in built.model.parameters())
     writer = CheckpointWriter(config, distributed.Channel(), args.process_index, attempt.begins_at or None)
     held.callback(writer.close)  # before the lock is let go
+    built = build(config, args, asked, writer)
+    data, trainer = built.data, built.trainer
+    weights = sum(parameter.nbytes for parameter in built.model.model.parameters())
     distributed.on_main(lambda: writer.require_room(weights))
-    trainer = build_trainer(config, args, data, built.model, metrics, writer, pixels, compilation.on)
     trainer.add_callback(watchdog)
     writer.progress = watchdog.keep_alive
     strategy.confirm(asked, trainer.accelerator)
 
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     facts = distributed.on_main(
-        lambda: attempts.facts(data.record, built.revision, args.world_size, batch.total, asked, device)
+        lambda: attempts.facts(data.record, built.model.revision, args.world_size, batch.total, asked, device)
     )
     if attempt.replaces:
         distributed.on_main(lambda: attempts.move_aside(config, attempt))
@@ -116,15 +100,11 @@ def fit(
     processes = distributed.gather((socket.gethostname(), os.getpid()))
     with failure.recorded(config.output_dir, attempt, trainer.whereabouts, processes):
         reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
-        console.say(
-            *summary.describe(
-                config, attempt, data, built, trainer, batch, asked, idle_gpus, reporting, compilation.note
-            )
-        )
+        console.say(*summary.describe(config, attempt, built, batch, asked, idle_gpus, reporting))
         try:
             stop.defer()
             output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
-            results.conclude(config, trainer, data, metrics, output.metrics, facts, attempt, reporting)
+            results.conclude(config, trainer, data, built.metrics, output.metrics, facts, attempt, reporting)
         except stop.Interrupted as by:
             results.conclude_interrupted(config, trainer, by, attempt, reporting)
             raise

@@ -1,0 +1,89 @@
+"""`vit-dist bench`: every part is measured with the pieces that training has, and what it says follows from them."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run
+from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
+
+from vit_dist.bench import advice
+from vit_dist.flops import count_flops
+
+RATES = ("decode", "input", "step", "train", "evaluation")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[dict[str, Any], str, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    done = run(
+        "bench", "digits", "--model", checkpoint, "--steps", 4, "--image_source", "resident", "--max_train_samples", 70,
+        "--json", folder / "bench.json", "--chart", folder / "bench.svg", "--output_dir", folder / "never",
+        "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, module="vit_dist.cli",
+    )  # fmt: skip
+    return json.loads((folder / "bench.json").read_text()), done.stdout, folder
+
+
+def test_every_part_is_measured_and_said(measured: tuple[dict[str, Any], str, Path]) -> None:
+    found, said, folder = measured
+    for name in RATES:
+        rate = found[f"{name}_images_per_second"]
+        assert rate > 0 and f"{rate:,.0f} images/s" in said, name
+    assert 0 < found["checkpoint_stall_seconds"] <= found["checkpoint_seconds"]
+    assert found["mfu"] == pytest.approx(
+        found["step_images_per_second"] * found["gflop_per_image"] * 1e9 / found["matmul_flops"]
+    )
+    assert "images resident on cpu" in said and found["versions"]["torch"] == torch.__version__
+    assert said.rstrip().splitlines()[-1] == advice(found)
+    assert not (folder / "never").exists(), "nothing is kept of what it trains"
+
+
+def test_the_chart_is_a_drawing_of_the_rates(measured: tuple[dict[str, Any], str, Path]) -> None:
+    found, _, folder = measured
+    drawing = ElementTree.parse(folder / "bench.svg").getroot()
+    texts = {element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")}
+    assert {f"{found[f'{name}_images_per_second']:,.0f}" for name in RATES[1:]} <= texts
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "got", "said"),
+    [
+        (100, 300, 98, "nothing holds the step up"),
+        (100, 60, 58, "the step waits for batches, which come at 60%"),
+        (100, 300, 70, "training reaches 70% of the step's pace"),
+    ],
+)
+def test_what_holds_training_up(step: float, given: float, got: float, said: str) -> None:
+    rates = {"step_images_per_second": step, "input_images_per_second": given, "train_images_per_second": got}
+    assert advice(rates).startswith(said)
+
+
+def test_what_cannot_be_measured_is_told(tmp_path: Path) -> None:
+    for flags, said in (
+        (["--json", tmp_path / "no" / "bench.json"], f"error: --json {tmp_path}/no/bench.json: there is no folder"),
+        (["--steps", 0], "error: --steps 0: give at least 1"),
+        (["--steps", "x"], "see vit-dist bench --help"),
+    ):
+        assert said in run(*flags, module="vit_dist.bench", expect=2).stderr
+    failed = run(module="vit_dist.bench", expect=2, WORLD_SIZE="2", RANK="0")
+    assert "error: bench measures one process" in failed.stderr
+
+
+def test_operations_are_those_of_the_formula() -> None:
+    """Multiply-adds of the patches, the projections, the attention and the head; two passes more for the gradients,
+    but none for those of the images."""
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(num_labels=10))
+        grouped = ConvNextForImageClassification(ConvNextConfig())
+    tokens, width, inner = 197, 768, 3072
+    patches = 196 * 3 * 16 * 16 * width
+    blocks = 12 * (4 * width**2 * tokens + 2 * width * inner * tokens + 2 * tokens**2 * width)
+    forward = 2 * (patches + blocks + 10 * width)
+    counted = count_flops(model, 224)
+    assert (counted.forward, counted.training) == (forward, 3 * forward - 2 * patches)
+    assert count_flops(grouped, 224).training <= 3 * count_flops(grouped, 224).forward

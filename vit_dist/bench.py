@@ -1,0 +1,297 @@
+"""How fast this machine trains, part by part, and which part holds the others up.
+
+vit-dist bench [RECIPE] [--flag value ...]                 the digits with a tiny model, as `vit-dist train` would
+vit-dist bench cifar10 --bf16 --json bench.json --chart bench.svg
+
+One process on one device; all flags of training are taken. Nothing is kept of what it trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_dist import console, entry
+from vit_dist.config import Config, load_config
+from vit_dist.errors import UserError
+from vit_dist.verb import Parser
+
+if TYPE_CHECKING:
+    from vit_dist.build import Built
+
+WARM_UP = 5  # steps: compilation, allocations, the first batches of data loading processes
+PATIENCE = 20.0  # seconds for a part that can be cut short
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 and one line for what the user can mend."""
+
+    def body() -> int:
+        asked, rest = _parser().parse_known_args(argv)
+        for name in ("json", "chart"):
+            if (path := getattr(asked, name)) and not path.absolute().parent.is_dir():
+                raise UserError(f"--{name} {path}: there is no folder {path.absolute().parent}")
+        if asked.steps < 1:
+            raise UserError(f"--steps {asked.steps}: give at least 1")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("bench measures one process; start it without a launcher")
+        found = run(load_config(rest), asked.steps)
+        if asked.json:
+            asked.json.write_text(json.dumps(found, indent=2) + "\n")
+        if asked.chart:
+            asked.chart.write_text(chart(found))
+        return 0
+
+    return entry.run(body, "nothing was written")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="vit-dist bench",
+        usage="vit-dist bench [RECIPE] [--steps N] [--json FILE] [--chart FILE.svg] [--flag value ...]",
+        description="Measure, on this machine and with this recipe: matrix products and copies, decoding, batches "
+        "alone, the step alone, both together, evaluation, and what a checkpoint costs. All other flags are those of "
+        "`vit-dist train`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=30, help=f"to measure, after {WARM_UP} others (default: 30)")
+    parser.add_argument("--json", type=Path, help="write all numbers there")
+    parser.add_argument("--chart", type=Path, help="draw the rates there (SVG)")
+    return parser
+
+
+def run(config: Config, steps: int) -> dict[str, Any]:
+    """Measure everything and say each part when it is known. Returns rates in images per second, times in seconds."""
+    import torch
+    from transformers import TrainerCallback
+
+    from vit_dist import distributed, strategy
+    from vit_dist.arguments import build_arguments
+    from vit_dist.batch import split_batch
+    from vit_dist.build import build
+    from vit_dist.checkpoint.writer import CheckpointWriter
+    from vit_dist.flops import count_flops
+    from vit_dist.run_folder import environment
+
+    class Clock(TrainerCallback):
+        """Seconds a step, from the end of step `WARM_UP` to that of the last; and those of the first."""
+
+        begun, step, first = 0.0, 0.0, 0.0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.begun = settle()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.first = settle() - self.begun
+            if state.global_step == WARM_UP:
+                self.begun = settle()
+            if state.global_step == state.max_steps:
+                self.step = (settle() - self.begun) / steps
+
+    def settle() -> float:
+        """The time, once the device has done all that it was given."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    distributed.use_one_device()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="vit_dist-bench-") as folder:
+        quiet = {
+            "output_dir": folder, "max_steps": steps + WARM_UP, "eval_strategy": "no", "save_strategy": "no",
+            "load_best_model_at_end": False, "report_to": "none",
+        }  # fmt: skip
+        config = dataclasses.replace(config, training={**config.training, **quiet})
+        batch = split_batch(config, 1)
+        args = build_arguments(config, batch)
+        asked = strategy.prepare(args)
+        writer = CheckpointWriter(config, distributed.Channel())
+        built = build(config, args, asked, writer)
+        trainer, clock = built.trainer, Clock()
+        trainer.add_callback(clock)
+        flops = count_flops(built.model.model, built.data.input_size)
+        device = torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu"
+        console.say(
+            f"device   {device}, {config.precision}; {built.model.description}",
+            f"images   {built.data.description[-1]}",
+            f"batch    {batch}",
+        )
+        found: dict[str, Any] = {
+            "device": device, "cores": distributed.cores(), "precision": config.precision, "batch": batch.per_device,
+            "model": built.model.description, "images": built.data.description[-1], "compiled": built.compilation.on,
+            "ready_seconds": time.perf_counter() - begin, "gflop_per_image": flops.training / 1e9, **environment(),
+        }  # fmt: skip
+
+        def note(name: str, value: float, line: str) -> None:
+            found[name] = value
+            console.say(line)
+
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
+        found["matmul_flops"], found["copy_bytes_per_second"] = _peaks(args.device, dtype, settle)
+        console.say(
+            f"{'peak':<22}{found['matmul_flops'] / 1e12:10,.2f} TFLOP/s in matrix products, "
+            f"{found['copy_bytes_per_second'] / 1e9:,.0f} GB/s in copies"
+        )
+        rate = _decode_rate(built)
+        note("decode_images_per_second", rate, _line("decoding, one core", rate))
+
+        def train(loader: Any = None) -> float:
+            trainer.optimizer = trainer.lr_scheduler = None
+            if loader is not None:
+                trainer.get_train_dataloader = loader  # type: ignore[method-assign]
+            trainer.train()
+            if loader is not None:
+                del trainer.get_train_dataloader
+            return batch.per_device * batch.accumulation / clock.step
+
+        source = trainer.get_train_dataloader()
+        rate, one = _batches_alone(built, source, steps, settle)
+        note("input_images_per_second", rate, _line("batches alone", rate))
+        repeated = _Repeated(one, (steps + WARM_UP) * batch.accumulation)
+        alone = [train(lambda: repeated)]
+        found["first_step_seconds"] = clock.first
+        both = [train(), train()]
+        alone.append(train(lambda: repeated))
+        step, together = max(alone), max(both)  # a neighbour on the machine may disturb one of the two
+        found["mfu"] = step * flops.training / found["matmul_flops"]
+        share = f"{found['mfu']:.0%} of the matrix products' peak"
+        note("step_images_per_second", step, _line("step alone", step, share))
+        share = f"{together / step:.0%} of the step alone"
+        note("train_images_per_second", together, _line("end to end", together, share))
+        if args.device.type == "cuda":
+            found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+
+        def evaluate() -> float:
+            begin = settle()
+            trainer.evaluate()
+            return len(built.data.validation) / (settle() - begin)
+
+        evaluate()  # compiles
+        rate = evaluate()
+        note("evaluation_images_per_second", rate, _line("evaluation", rate))
+        begin = settle()
+        trainer._save_checkpoint(trainer.model_wrapped, None)
+        stall = time.perf_counter() - begin
+        writer.wait()
+        found["checkpoint_stall_seconds"], found["checkpoint_seconds"] = stall, time.perf_counter() - begin
+        writer.close()
+    console.say(
+        f"{'checkpoint':<22}{stall:10.2f} s that training waits, {found['checkpoint_seconds']:.2f} s to the disk"
+    )
+    console.say(advice(found))
+    return found
+
+
+def advice(found: dict[str, Any]) -> str:
+    """What holds training up, in one line."""
+    step, given, got = (found[f"{name}_images_per_second"] for name in ("step", "input", "train"))
+    if got > 0.93 * step:
+        return f"nothing holds the step up: it keeps {got / step:.0%} of its pace; batches come at {given / step:.1f} x"
+    if given < 1.1 * step:
+        return (
+            f"the step waits for batches, which come at {given / step:.0%} of what it takes: more "
+            "--dataloader_num_workers, smaller files, or --image_source resident where all images have one size"
+        )
+    return f"training reaches {got / step:.0%} of the step's pace though batches come fast enough: log less often"
+
+
+def chart(found: dict[str, Any]) -> str:
+    """The rates as bars, an SVG on its own."""
+    names = {"input": "batches alone", "step": "step alone", "train": "end to end", "evaluation": "evaluation"}
+    rates = [(title, found[f"{name}_images_per_second"]) for name, title in names.items()]
+    most = max(rate for _, rate in rates)
+    rows = "".join(
+        f'<text x="150" y="{y + 17}" text-anchor="end">{title}</text>'
+        f'<rect x="160" y="{y}" width="{max(380 * rate / most, 1):.0f}" height="24" rx="3" fill="#4269d0"/>'
+        f'<text x="{168 + 380 * rate / most:.0f}" y="{y + 17}">{rate:,.0f}</text>'
+        for y, (title, rate) in zip(range(60, 200, 34), rates, strict=False)
+    )
+    title = f"images per second: {found['device']}, {found['precision']}, batch {found['batch']}"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="640" height="210" font-family="sans-serif" font-size="14">'
+        f'<rect width="640" height="210" fill="white"/><text x="20" y="34" font-size="16">{title}</text>{rows}</svg>\n'
+    )
+
+
+class _Repeated:
+    """A loader of one batch, which is on the device already."""
+
+    def __init__(self, batch: dict[str, Any], count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.count):
+            yield dict(self.batch)
+
+
+def _line(name: str, rate: float, more: str = "") -> str:
+    return f"{name:<22}{rate:10,.0f} images/s" + (f", {more}" if more else "")
+
+
+def _peaks(device: Any, dtype: Any, settle: Callable[[], float]) -> tuple[float, float]:
+    """(FLOP/s of square matrix products, bytes/s read and written by a copy)."""
+    import torch
+
+    side, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def fastest(act: Callable[[], Any]) -> float:
+        best = math.inf
+        for _ in range(4):
+            begin = settle()
+            for _ in range(5):
+                act()
+            best = min(best, (settle() - begin) / 5)
+        return best
+
+    return 2 * side**3 / fastest(lambda: a @ b), 2 * size / fastest(lambda: target.copy_(source))
+
+
+def _decode_rate(built: Built) -> float:
+    """Images a second that this process decodes, without crops."""
+    images, count, begin = built.data.train, 0, time.perf_counter()
+    while time.perf_counter() - begin < 1.0:
+        images.decoded(count % len(images))
+        count += 1
+    return count / (time.perf_counter() - begin)
+
+
+def _batches_alone(built: Built, loader: Any, steps: int, settle: Callable[[], float]) -> tuple[float, dict[str, Any]]:
+    """Images a second that arrive on the device as the model's input, and the last batch. Epochs follow each other."""
+    trainer, count, seen = built.trainer, 0, 0
+    begin = deadline = math.inf
+    ahead = WARM_UP + 2 * trainer.args.dataloader_num_workers  # batches that were made before they were asked for
+    epoch = 0
+    while True:
+        trainer.batches.set_epoch(epoch)
+        for batch in loader:
+            made = trainer._prepare_inputs(batch)
+            count += 1
+            if count > ahead:
+                seen += len(made["labels"])
+            if count == ahead:
+                begin = settle()
+                deadline = begin + PATIENCE
+            if count >= ahead + steps and (time.perf_counter() > begin + 1 or count >= ahead + 20 * steps):
+                return seen / (settle() - begin), made
+            if time.perf_counter() > deadline:
+                return seen / (settle() - begin), made
+        epoch += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
