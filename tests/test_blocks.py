@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -138,6 +139,7 @@ def test_when_blocks_are_compiled(given: dict[str, Any], strategy: str, device: 
 
 def test_a_gpu_without_what_compiling_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit_dist.blocks.has_triton", lambda: True)
+    monkeypatch.setenv("CC", sys.executable)  # some program
     assert choose_compilation(DEFAULT, "single", GPU).on
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
