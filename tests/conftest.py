@@ -20,6 +20,7 @@ from PIL import Image
 
 # Before anything imports the libraries that read them.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes, which a fork of this one would inherit
 for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN", "WORLD_SIZE", "RANK"):
     os.environ.pop(name, None)
 

@@ -35,7 +35,7 @@ NODE = """#!{python}
 import os, pathlib, signal, subprocess, sys, time
 if sys.argv[1] == "-":
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-rank = int(sys.argv[sys.argv.index("--machine_rank") + 1])
+rank = int(sys.argv[sys.argv.index("--machine_rank") + 1]) if "--machine_rank" in sys.argv else 0  # one process
 def wait_for(name):
     while not pathlib.Path(name).exists():
         time.sleep(0.01)
