@@ -55,7 +55,8 @@ def test_the_chart_is_a_drawing_of_the_rates(measured: tuple[dict[str, Any], str
     [
         (100, 300, 98, "nothing holds the step up"),
         (100, 60, 58, "the step waits for batches, which come at 60%"),
-        (100, 300, 70, "training reaches 70% of the step's pace"),
+        (100, 300, 75, "batches are made between the steps, for 25% of the time"),
+        (100, 1000, 70, "training reaches 70% of the step's pace"),
     ],
 )
 def test_what_holds_training_up(step: float, given: float, got: float, said: str) -> None:

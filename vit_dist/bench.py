@@ -201,6 +201,12 @@ def advice(found: dict[str, Any]) -> str:
             f"the step waits for batches, which come at {given / step:.0%} of what it takes: more "
             "--dataloader_num_workers, smaller files, or --image_source resident where all images have one size"
         )
+    serial = 1 / (1 / step + 1 / given)
+    if 0.85 * serial <= got <= 1.15 * serial:
+        return (
+            f"batches are made between the steps, for {1 - got / step:.0%} of the time: --dataloader_num_workers 1 or "
+            "more makes them beside, --image_source resident on the device"
+        )
     return f"training reaches {got / step:.0%} of the step's pace though batches come fast enough: log less often"
 
 
