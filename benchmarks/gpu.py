@@ -17,6 +17,7 @@ ViT-B/16 at 224 pixels, random weights, bf16 unless a peer's recipe says otherwi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -31,6 +32,8 @@ import torch
 from peers import steps as peers
 from record import record
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from vit_dist.flops import count_flops
 
 PARTS = ("train", "step", "hf_example", "tutorial", "photos")
 PATIENCE = 150  # seconds for a part
@@ -87,14 +90,6 @@ class Bench:
     def model(self) -> ViTForImageClassification:
         torch.manual_seed(0)
         return ViTForImageClassification(self.config)
-
-    def flop_per_image(self) -> float:
-        """Of a training step: 2 for each multiply-add, three passes, no gradient of the images."""
-        c, tokens = self.config, (224 // self.config.patch_size) ** 2 + 1
-        d, m, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-        patches = (tokens - 1) * 3 * c.patch_size**2 * d
-        macs = patches + layers * (4 * d * d * tokens + 2 * d * m * tokens + 2 * tokens * tokens * d) + d * 10
-        return 6 * macs - 2 * patches
 
     def peak(self) -> dict[str, float]:
         side, times = (512, 5) if self.small else (8192, 30)
@@ -209,9 +204,7 @@ class Bench:
         found: dict[str, Any] = {"workers": self.workers, "images_per_second": {}}
         for source in ("stream", "processor"):
             placed, pixels, _ = place_images(data, source, DEVICE, self.workers)
-            count = len(placed.train)
-            epochs = (4 if self.small else 60) * max(self.batch // count, 1) + 2
-            keys = [list(range(i, i + self.batch)) for i in range(0, count * epochs * 4, self.batch)]
+            keys = (list(range(begin, begin + self.batch)) for begin in itertools.count(0, self.batch))
             loader = torch.utils.data.DataLoader(
                 placed.train, batch_sampler=keys, collate_fn=collate, num_workers=self.workers, pin_memory=GPU
             )
@@ -242,7 +235,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root:
             bench = Bench(given.cifar10.resolve(), given.photos.resolve(), given.small, Path(root))
             found = getattr(bench, given.part)()
-            facts = {"batch": bench.batch, "flop_per_image": bench.flop_per_image()}
+            facts = {"batch": bench.batch, "flop_per_image": count_flops(bench.model(), 224).training}
         sys.stdout.write(json.dumps({given.part: found, **facts}) + "\n")
         return
     measured: dict[str, Any] = {}

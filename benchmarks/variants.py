@@ -19,6 +19,7 @@ from record import record
 from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.modeling_vit import ViTAttention
 
 from vit_dist.blocks import bf16_residual, compile_blocks, patches_by_matmul
 
@@ -27,24 +28,16 @@ ALL = ("blocks", "timm", "blocks-fused-res", "whole-fused-res", "whole-fused", "
 BATCH, DEVICE = 256, "cuda"
 
 
-def fuse(model: nn.Module) -> None:
+class FusedAttention(ViTAttention):
     """Query, key and value by one matrix product; their weights stay apart."""
-    for module in model.modules():
-        if type(module).__name__ == "ViTAttention":
-            setattr(module, "forward", _fused(module))  # noqa: B010 mypy knows the method
 
-
-def _fused(attention: Any) -> Any:
-    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-
-    def forward(hidden: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
         weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-        n, tokens, width = hidden.shape
-        heads = F.linear(hidden, weight, bias).view(n, tokens, 3, -1, attention.head_dim).permute(2, 0, 3, 1, 4)
+        n, tokens, width = hidden_states.shape
+        heads = F.linear(hidden_states, weight, bias).view(n, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(*heads.unbind(0))
-        return attention.o_proj(mixed.transpose(1, 2).reshape(n, tokens, width)), None
-
-    return forward
+        return self.o_proj(mixed.transpose(1, 2).reshape(n, tokens, width)), None
 
 
 def make(name: str) -> tuple[nn.Module, Any, torch.Tensor]:
@@ -60,7 +53,9 @@ def make(name: str) -> tuple[nn.Module, Any, torch.Tensor]:
         return model, torch.compile(model), images
     model = ViTForImageClassification(ViTConfig(num_labels=10)).to(DEVICE).train()
     if "fused" in options:
-        fuse(model)
+        for module in model.modules():
+            if type(module) is ViTAttention:
+                module.__class__ = FusedAttention
     if "res" in options:
         bf16_residual(model)
     if "patch" in options:

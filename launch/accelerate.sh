@@ -59,7 +59,7 @@ topology
 case $strategy in
   ddp)
     if ((PROCESSES == 1)); then
-      config=$configs/single.yaml
+      strategy=single
       note "one process: nothing to average, so it is started as single"
     elif ((NNODES > 1)); then
       config=$configs/ddp_multinode.yaml
@@ -83,11 +83,11 @@ case $strategy in
   zero*) packages+=(deepspeed) ;;
 esac
 require "${packages[@]}"
+# Accelerate adds nothing to one process, and a signal to its launcher would not reach it.
+if [[ $strategy == single ]]; then start "$PYTHON" -m "$MODULE" "$@"; fi
 
 # All counts on the command line, where they win over the file's. --num_processes is of all nodes, unlike torchrun's.
 # --config_file always, or ~/.cache/huggingface/accelerate/default_config.yaml would decide. Port 0: a free one.
-# Accelerate adds nothing to one process, and a signal to its launcher would not reach it.
-if [[ $config == "$configs/single.yaml" ]]; then start "$PYTHON" -m "$MODULE" "$@"; fi
 launcher=("$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES"
   --num_machines "$NNODES" --machine_rank "$NODE_RANK"
   --main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-0}")

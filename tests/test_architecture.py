@@ -102,8 +102,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"files", "config", "data.dataset", "data.decode"},
     "results": {
-        "attempts", "config", "console", "distributed", "data.dataset", "data.pipeline", "errors", "failure", "files",
-        "metrics.__init__", "report", "run_folder", "stop", "trackers", "trainer",
+        "attempts", "config", "console", "distributed", "data.dataset", "data.pipeline", "data.pixels", "errors",
+        "failure", "files", "metrics.__init__", "report", "run_folder", "stop", "trackers", "trainer",
     },
     "train": {
         "arguments", "attempts", "batch", "bundle", "callbacks.watchdog", "checkpoint.writer", "errors", "failure",

@@ -13,14 +13,13 @@ from transformers import ViTImageProcessorPil
 
 from vit_dist.data.dataset import collate
 from vit_dist.data.pipeline import build_data
-from vit_dist.data.pixels import Pixels, to_tensor
+from vit_dist.data.pixels import LEVELS, Pixels, to_tensor
 from vit_dist.data.resident import ResidentDataset, place_images
 from vit_dist.data.transforms import Transform
 from vit_dist.errors import UserError
 from vit_dist.options import DataOptions, ModelOptions
 
 CPU = torch.device("cpu")
-LEVELS = 2.01  # grey levels, see `Pixels`
 
 
 def processor(side: int, resample: int = 2) -> ViTImageProcessorPil:

@@ -44,7 +44,8 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
         settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
     if settings["dataloader_persistent_workers"] is None:
         settings["dataloader_persistent_workers"] = settings["dataloader_num_workers"] > 0
-    if settings["torch_compile"] is None or not (strategy.is_sharded() or settings["fsdp"] or settings["deepspeed"]):
+    settings["torch_compile"] = bool(settings["torch_compile"])
+    if not (strategy.is_sharded() or settings["fsdp"] or settings["deepspeed"]):
         # `blocks` compiles them in place: upstream compiles the wrapped model, in pieces where gradients are sent.
         settings |= {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
     settings["dataloader_drop_last"] = False  # our sampler's business; upstream would drop evaluation images too

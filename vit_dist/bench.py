@@ -8,7 +8,9 @@ One process on one device; all flags of training are taken. Nothing is kept of w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from transformers import TrainerCallback
 
 from vit_dist import console, entry
 from vit_dist.config import Config, load_config
@@ -70,9 +76,6 @@ def _parser() -> Parser:
 
 def run(config: Config, steps: int) -> dict[str, Any]:
     """Measure everything and say each part when it is known. Returns rates in images per second, times in seconds."""
-    import torch
-    from transformers import TrainerCallback
-
     from vit_dist import distributed, strategy
     from vit_dist.arguments import build_arguments
     from vit_dist.batch import split_batch
@@ -80,28 +83,6 @@ def run(config: Config, steps: int) -> dict[str, Any]:
     from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.flops import count_flops
     from vit_dist.run_folder import environment
-
-    class Clock(TrainerCallback):
-        """Seconds a step, from the end of step `WARM_UP` to that of the last; and those of the first."""
-
-        begun, step, first = 0.0, 0.0, 0.0
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begun = settle()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                self.first = settle() - self.begun
-            if state.global_step == WARM_UP:
-                self.begun = settle()
-            if state.global_step == state.max_steps:
-                self.step = (settle() - self.begun) / steps
-
-    def settle() -> float:
-        """The time, once the device has done all that it was given."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     distributed.use_one_device()
     begin = time.perf_counter()
@@ -116,79 +97,64 @@ def run(config: Config, steps: int) -> dict[str, Any]:
         asked = strategy.prepare(args)
         writer = CheckpointWriter(config, distributed.Channel())
         built = build(config, args, asked, writer)
-        trainer, clock = built.trainer, Clock()
-        trainer.add_callback(clock)
         flops = count_flops(built.model.model, built.data.input_size)
-        device = torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu"
-        console.say(
-            f"device   {device}, {config.precision}; {built.model.description}",
-            f"images   {built.data.description[-1]}",
-            f"batch    {batch}",
-        )
         found: dict[str, Any] = {
-            "device": device, "cores": distributed.cores(), "precision": config.precision, "batch": batch.per_device,
+            "device": torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu",
+            "cores": distributed.cores(), "precision": config.precision, "batch": batch.per_device,
             "model": built.model.description, "images": built.data.description[-1], "compiled": built.compilation.on,
             "ready_seconds": time.perf_counter() - begin, "gflop_per_image": flops.training / 1e9, **environment(),
         }  # fmt: skip
-
-        def note(name: str, value: float, line: str) -> None:
-            found[name] = value
-            console.say(line)
-
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
-        found["matmul_flops"], found["copy_bytes_per_second"] = _peaks(args.device, dtype, settle)
         console.say(
-            f"{'peak':<22}{found['matmul_flops'] / 1e12:10,.2f} TFLOP/s in matrix products, "
-            f"{found['copy_bytes_per_second'] / 1e9:,.0f} GB/s in copies"
+            f"device   {found['device']}, {found['precision']}; {found['model']}",
+            f"images   {found['images']}",
+            f"batch    {batch}",
         )
-        rate = _decode_rate(built)
-        note("decode_images_per_second", rate, _line("decoding, one core", rate))
-
-        def train(loader: Any = None) -> float:
-            trainer.optimizer = trainer.lr_scheduler = None
-            if loader is not None:
-                trainer.get_train_dataloader = loader  # type: ignore[method-assign]
-            trainer.train()
-            if loader is not None:
-                del trainer.get_train_dataloader
-            return batch.per_device * batch.accumulation / clock.step
-
-        source = trainer.get_train_dataloader()
-        rate, one = _batches_alone(built, source, steps, settle)
-        note("input_images_per_second", rate, _line("batches alone", rate))
-        repeated = _Repeated(one, (steps + WARM_UP) * batch.accumulation)
-        alone = [train(lambda: repeated)]
-        found["first_step_seconds"] = clock.first
-        both = [train(), train()]
-        alone.append(train(lambda: repeated))
-        step, together = max(alone), max(both)  # a neighbour on the machine may disturb one of the two
-        found["mfu"] = step * flops.training / found["matmul_flops"]
-        share = f"{found['mfu']:.0%} of the matrix products' peak"
-        note("step_images_per_second", step, _line("step alone", step, share))
-        share = f"{together / step:.0%} of the step alone"
-        note("train_images_per_second", together, _line("end to end", together, share))
-        if args.device.type == "cuda":
-            found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-
-        def evaluate() -> float:
-            begin = settle()
-            trainer.evaluate()
-            return len(built.data.validation) / (settle() - begin)
-
-        evaluate()  # compiles
-        rate = evaluate()
-        note("evaluation_images_per_second", rate, _line("evaluation", rate))
-        begin = settle()
-        trainer._save_checkpoint(trainer.model_wrapped, None)
-        stall = time.perf_counter() - begin
-        writer.wait()
-        found["checkpoint_stall_seconds"], found["checkpoint_seconds"] = stall, time.perf_counter() - begin
+        _measure(built, steps, batch.total, found)
         writer.close()
-    console.say(
-        f"{'checkpoint':<22}{stall:10.2f} s that training waits, {found['checkpoint_seconds']:.2f} s to the disk"
-    )
     console.say(advice(found))
     return found
+
+
+def _measure(built: Built, steps: int, images: int, found: dict[str, Any]) -> None:
+    """Add each part to `found` and say it. `images` are of one step."""
+    args = built.trainer.args
+
+    def note(name: str, title: str, rate: float, more: str = "") -> None:
+        found[f"{name}_images_per_second"] = rate
+        console.say(f"{title:<22}{rate:10,.0f} images/s" + (f", {more}" if more else ""))
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[found["precision"]]
+    found["matmul_flops"], found["copy_bytes_per_second"] = _peaks(args.device, dtype)
+    console.say(
+        f"{'peak':<22}{found['matmul_flops'] / 1e12:10,.2f} TFLOP/s in matrix products, "
+        f"{found['copy_bytes_per_second'] / 1e9:,.0f} GB/s in copies"
+    )
+    note("decode", "decoding, one core", _decode_rate(built))
+    rate, batch = _batches_alone(built, steps)
+    note("input", "batches alone", rate)
+    repeated = _Repeated(batch, (steps + WARM_UP) * args.gradient_accumulation_steps)
+    clock = Clock(steps)
+    built.trainer.add_callback(clock)
+    alone = [_seconds_a_step(built, clock, repeated)]
+    found["first_step_seconds"] = clock.first
+    both = [_seconds_a_step(built, clock), _seconds_a_step(built, clock)]
+    alone.append(_seconds_a_step(built, clock, repeated))
+    step, together = images / min(alone), images / min(both)  # a neighbour on the machine may disturb one of the two
+    found["mfu"] = step * found["gflop_per_image"] * 1e9 / found["matmul_flops"]
+    note("step", "step alone", step, f"{found['mfu']:.0%} of the matrix products' peak")
+    note("train", "end to end", together, f"{together / step:.0%} of the step alone")
+    if args.device.type == "cuda":
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    note("evaluation", "evaluation", _evaluation_rate(built))
+    begin = settle()
+    built.trainer._save_checkpoint(built.trainer.model_wrapped, None)
+    found["checkpoint_stall_seconds"] = time.perf_counter() - begin
+    built.trainer.writer.wait()
+    found["checkpoint_seconds"] = time.perf_counter() - begin
+    console.say(
+        f"{'checkpoint':<22}{found['checkpoint_stall_seconds']:10.2f} s that training waits, "
+        f"{found['checkpoint_seconds']:.2f} s to the disk"
+    )
 
 
 def advice(found: dict[str, Any]) -> str:
@@ -242,14 +208,51 @@ class _Repeated:
             yield dict(self.batch)
 
 
-def _line(name: str, rate: float, more: str = "") -> str:
-    return f"{name:<22}{rate:10,.0f} images/s" + (f", {more}" if more else "")
+class Clock(TrainerCallback):
+    """Seconds a step, from the end of step `WARM_UP` to that of the last; and those of the first."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.begun = self.step = self.first = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun = settle()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.first = settle() - self.begun
+        if state.global_step == WARM_UP:
+            self.begun = settle()
+        if state.global_step == state.max_steps:
+            self.step = (settle() - self.begun) / self.steps
 
 
-def _peaks(device: Any, dtype: Any, settle: Callable[[], float]) -> tuple[float, float]:
+def settle() -> float:
+    """The time, once the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _seconds_a_step(built: Built, clock: Clock, loader: Any = None) -> float:
+    """Of the Trainer's own loop, with another loader in the place of its own if that is given."""
+    trainer = built.trainer
+    trainer.optimizer = trainer.lr_scheduler = None
+    other = mock.patch.object(trainer, "get_train_dataloader", lambda: loader)
+    with other if loader is not None else contextlib.nullcontext():
+        trainer.train()
+    return clock.step
+
+
+def _evaluation_rate(built: Built) -> float:
+    built.trainer.evaluate()  # compiles
+    begin = settle()
+    built.trainer.evaluate()
+    return len(built.data.validation) / (settle() - begin)
+
+
+def _peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(FLOP/s of square matrix products, bytes/s read and written by a copy)."""
-    import torch
-
     side, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(size, dtype=torch.uint8, device=device)
@@ -276,27 +279,29 @@ def _decode_rate(built: Built) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def _batches_alone(built: Built, loader: Any, steps: int, settle: Callable[[], float]) -> tuple[float, dict[str, Any]]:
+def _batches_alone(built: Built, steps: int) -> tuple[float, dict[str, Any]]:
     """Images a second that arrive on the device as the model's input, and the last batch. Epochs follow each other."""
-    trainer, count, seen = built.trainer, 0, 0
-    begin = deadline = math.inf
+    trainer = built.trainer
+    loader = trainer.get_train_dataloader()
     ahead = WARM_UP + 2 * trainer.args.dataloader_num_workers  # batches that were made before they were asked for
-    epoch = 0
-    while True:
-        trainer.batches.set_epoch(epoch)
-        for batch in loader:
-            made = trainer._prepare_inputs(batch)
-            count += 1
-            if count > ahead:
-                seen += len(made["labels"])
-            if count == ahead:
-                begin = settle()
-                deadline = begin + PATIENCE
-            if count >= ahead + steps and (time.perf_counter() > begin + 1 or count >= ahead + 20 * steps):
-                return seen / (settle() - begin), made
-            if time.perf_counter() > deadline:
-                return seen / (settle() - begin), made
-        epoch += 1
+    begin, seen = math.inf, 0
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for epoch in itertools.count():
+            trainer.batches.set_epoch(epoch)
+            yield from loader
+
+    for count, batch in enumerate(batches(), start=1):
+        made = trainer._prepare_inputs(batch)
+        if count == ahead:
+            begin = settle()
+        elif count > ahead:
+            seen += len(made["labels"])
+        seconds = time.perf_counter() - begin
+        enough = count >= ahead + steps and (seconds > 1 or count >= ahead + 20 * steps)
+        if enough or (seen and seconds > PATIENCE):
+            return seen / (settle() - begin), made
+    raise AssertionError("epochs follow each other for ever")
 
 
 if __name__ == "__main__":

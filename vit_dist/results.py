@@ -14,6 +14,7 @@ from vit_dist.attempts import Attempt
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.pipeline import ImageData
+from vit_dist.data.pixels import LEVELS
 from vit_dist.distributed import on_main
 from vit_dist.errors import UserError
 from vit_dist.files import remove, sync_folder, sync_tree
@@ -54,7 +55,7 @@ def conclude(
         try:
             report.finish_export(partial)
             seen = trainer.model_input(dataset, min(report.CHECKED_IMAGES, len(dataset)))
-            levels = 2.1 if trainer.pixels is not None else 0.0  # see `Pixels`
+            levels = LEVELS if trainer.pixels is not None else 0.0
             report.check_export(partial, dataset, seen, logits, trainer.args.device, computed_in(trainer), levels)
             report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
             sync_tree(partial)  # before status.json says that it is there

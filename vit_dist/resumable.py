@@ -120,6 +120,7 @@ class ResumableTrainer(Trainer):
             parts = snapshot.plain(self._host, model, self.processing_class, optimizer)  # type: ignore[arg-type]
         self._note_state()
         if rank == 0:
+            # Without the stager: these have no tensors, and PyTorch 2.11's fails on what a scheduler keeps.
             parts.append(snapshot.TorchFile("scheduler.pt", copy.deepcopy(self.lr_scheduler.state_dict())))  # type: ignore[union-attr]
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 parts.append(snapshot.TorchFile("scaler.pt", copy.deepcopy(scaler.state_dict())))

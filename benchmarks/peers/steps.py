@@ -1,6 +1,6 @@
 """Train steps and training loops that others would write, each with the settings that its authors recommend.
 
-All take a device and sizes, and return what one call does; `benchmarks/gpu.py` times them.
+Steps are returned, loops are run with a callback; `benchmarks/gpu.py` times both.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+LEVELS = 2.01  # of 255: how far a value may be from the image processor's
 _Filter = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -61,7 +62,7 @@ class Pixels:
             picture = blobs.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             expected = torch.as_tensor(processor(picture, return_tensors="np")["pixel_values"])
             got = made(to_tensor(picture)[None], *whole(1, *picture.size))
-            if expected.shape != got.shape or ((got - expected) / made._scale).abs().max() > 2.01 or height != width:
+            if expected.shape != got.shape or ((got - expected) / made._scale).abs().max() > LEVELS or height != width:
                 return None
         return made
 
