@@ -31,9 +31,9 @@ from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import load_config
 from vit_dist.data.pipeline import build_data
 from vit_dist.distributed import Channel
-from vit_dist.failure import memory
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.model import build_model
+from vit_dist.run.failure import memory
 from vit_dist.trainer import ExactTrainer, build_trainer
 
 ROUNDS = 6

@@ -33,7 +33,7 @@ from peers import steps as peers
 from record import record
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from vit_dist.flops import count_flops
+from vit_dist.cost.flops import count_flops
 
 PARTS = ("train", "step", "hf_example", "tutorial", "photos")
 PATIENCE = 150  # seconds for a part

@@ -16,7 +16,8 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/python.sh"
 # The verb. Sourced without arguments, this file sees the script's own, and the shift is the script's.
 MODULE=vit_dist.train
 case ${1:-} in
-  train | doctor) MODULE=vit_dist.$1; shift ;;
+  train) shift ;;
+  doctor) MODULE=vit_dist.verbs.doctor; shift ;;
   plan) fail "plan starts nothing, so it needs no launcher: vit-dist plan ${*:2}" ;;
 esac
 for argument; do  # help needs no processes and no GPU

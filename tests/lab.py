@@ -32,9 +32,12 @@ from vit_dist import distributed
 from vit_dist.checkpoint import store
 
 # What a run imports on its way; here once for all of them.
-for name in ("deepspeed", "wandb", "evaluate", "sklearn.metrics", "pyarrow.parquet", "torch.distributed.checkpoint",
-             "vit_dist.results", "vit_dist.strategy", "vit_dist.failure", "vit_dist.summary", "vit_dist.trackers",
-             "transformers.models.vit.modeling_vit", "transformers.models.vit.image_processing_pil_vit"):  # fmt: skip
+for name in (
+    "deepspeed", "wandb", "evaluate", "sklearn.metrics", "pyarrow.parquet", "torch.distributed.checkpoint",
+    "vit_dist.run.results", "vit_dist.strategy", "vit_dist.run.failure", "vit_dist.run.summary",
+    "vit_dist.run.trackers", "transformers.models.vit.modeling_vit",
+    "transformers.models.vit.image_processing_pil_vit",
+):  # fmt: skip
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 

@@ -22,20 +22,23 @@ ALLOWED: dict[str, set[str]] = {
     "settings_file": {"errors"},
     "config": {"errors", "options", "settings_file"},
     "console": set(),
-    "verb": {"errors"},
-    "flops": set(),
+    "verbs.parser": {"errors"},
+    "cost.flops": set(),
     "build": {
         "blocks", "console", "distributed", "strategy", "checkpoint.writer", "config", "data.pipeline", "data.resident",
         "metrics.__init__", "model", "trainer",
     },
-    "bench": {
+    "verbs.bench": {
         "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
-        "flops", "run_folder", "strategy", "verb",
+        "cost.flops", "run.run_folder", "strategy", "verbs.parser",
     },
-    "preflight": {"attempts", "bundle", "checks", "config", "console", "entry"},
+    "verbs.preflight": {"run.attempts", "bundle", "verbs.checks", "config", "console", "entry"},
     "distributed": {"errors"},
     "entry": {"console", "distributed", "errors", "redact", "stop"},
     "data.__init__": set(),
+    "cost.__init__": set(),
+    "run.__init__": set(),
+    "verbs.__init__": set(),
     "data.cache": {"errors"},
     "data.columns": {"errors", "options"},
     "data.tables": {"errors", "options", "data.columns", "data.cache"},
@@ -75,9 +78,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "stop": set(),
     "redact": set(),
-    "owner": {"checkpoint.store", "errors"},
+    "run.owner": {"checkpoint.store", "errors"},
     "strategy": {"blocks", "errors"},
-    "memory": {"errors", "strategy"},
+    "cost.memory": {"errors", "strategy"},
     "arguments": {"batch", "config", "distributed", "errors", "strategy"},
     "resumable": {
         "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "distributed", "errors",
@@ -87,50 +90,52 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint.writer", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.pixels",
         "data.sampler", "metrics.__init__", "callbacks.reproducible", "resumable", "stop",
     },
-    "run_folder": {"checkpoint.store", "console", "errors", "files", "owner", "redact"},
-    "attempts": {
-        "batch", "callbacks.metrics_file", "checkpoint.load", "checkpoint.store", "config", "errors", "files", "owner",
-        "run_folder",
+    "run.run_folder": {"checkpoint.store", "console", "errors", "files", "run.owner", "redact"},
+    "run.attempts": {
+        "batch", "callbacks.metrics_file", "checkpoint.load", "checkpoint.store", "config", "errors", "files",
+        "run.owner", "run.run_folder",
     },
-    "failure": {"attempts", "callbacks.watchdog", "config", "distributed", "errors", "redact", "run_folder", "stop"},
-    "trackers": {
-        "arguments", "attempts", "config", "run_folder", "trainer", "callbacks.metrics_file", "callbacks.progress",
-        "callbacks.wandb",
+    "run.failure": {
+        "run.attempts", "callbacks.watchdog", "config", "distributed", "errors", "redact", "run.run_folder", "stop",
     },
-    "summary": {
-        "__init__", "attempts", "batch", "build", "config", "schedule", "trackers",
+    "run.trackers": {
+        "arguments", "run.attempts", "config", "run.run_folder", "trainer", "callbacks.metrics_file",
+        "callbacks.progress", "callbacks.wandb",
     },
-    "report": {"files", "config", "data.dataset", "data.decode"},
-    "results": {
-        "attempts", "config", "console", "distributed", "data.dataset", "data.pipeline", "data.pixels", "errors",
-        "failure", "files", "metrics.__init__", "report", "run_folder", "stop", "trackers", "trainer",
+    "run.summary": {
+        "__init__", "run.attempts", "batch", "build", "config", "schedule", "run.trackers",
+    },
+    "run.report": {"files", "config", "data.dataset", "data.decode"},
+    "run.results": {
+        "run.attempts", "config", "console", "distributed", "data.dataset", "data.pipeline", "data.pixels", "errors",
+        "run.failure", "files", "metrics.__init__", "run.report", "run.run_folder", "stop", "run.trackers", "trainer",
     },
     "train": {
-        "arguments", "attempts", "batch", "bundle", "callbacks.watchdog", "checkpoint.writer", "errors", "failure",
-        "build", "owner", "run_folder", "stop", "config", "console", "distributed", "entry",
-        "model", "results", "strategy", "summary", "trackers", "trainer",
+        "arguments", "run.attempts", "batch", "bundle", "callbacks.watchdog", "checkpoint.writer", "errors",
+        "run.failure", "build", "run.owner", "run.run_folder", "stop", "config", "console", "distributed", "entry",
+        "model", "run.results", "strategy", "run.summary", "run.trackers", "trainer",
     },
-    "checks": {
+    "verbs.checks": {
         "bundle", "files", "config", "console", "distributed", "errors", "callbacks.wandb", "data.hub", "data.pipeline",
         "data.source",
-        "data.transforms", "strategy", "trackers",
+        "data.transforms", "strategy", "run.trackers",
     },
-    "doctor": {
-        "arguments", "attempts", "batch", "bundle", "checks", "config", "console", "distributed", "entry", "errors",
-        "files", "strategy", "trainer",
+    "verbs.doctor": {
+        "arguments", "run.attempts", "batch", "bundle", "verbs.checks", "config", "console", "distributed", "entry",
+        "errors", "files", "strategy", "trainer",
     },
-    "plan": {
-        "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "memory",
-        "metrics.__init__", "model", "run_folder", "schedule", "strategy", "trainer", "verb",
+    "verbs.plan": {
+        "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "cost.memory",
+        "metrics.__init__", "model", "run.run_folder", "schedule", "strategy", "trainer", "verbs.parser",
     },
-    "sweep": {"config", "console", "errors", "run_folder", "settings_file", "train", "verb"},
-    "slurm": {"config", "console", "errors", "preflight", "sweep", "verb"},
-    "fetch": {
+    "verbs.sweep": {"config", "console", "errors", "run.run_folder", "settings_file", "train", "verbs.parser"},
+    "verbs.slurm": {"config", "console", "errors", "verbs.preflight", "verbs.sweep", "verbs.parser"},
+    "verbs.fetch": {
         "bundle", "config", "console", "entry", "errors", "files", "data.hub", "data.transforms", "metrics.__init__",
-        "run_folder", "verb",
+        "run.run_folder", "verbs.parser",
     },
-    "sync": {"callbacks.wandb", "console", "entry", "errors", "owner", "redact", "verb"},
-    "cli": {"__init__", "sweep"},  # and the module of each verb, by its name
+    "verbs.sync": {"callbacks.wandb", "console", "entry", "errors", "run.owner", "redact", "verbs.parser"},
+    "cli": {"__init__", "verbs.sweep"},  # and the module of each verb, by its name
 }  # fmt: skip
 
 
@@ -171,7 +176,8 @@ def test_the_table_has_no_cycle_and_nothing_stale() -> None:
 
 
 def test_lower_layers_do_not_name_higher_ones() -> None:
-    submits = PACKAGE / "slurm.py"  # runs on a login node before there is a job; nothing that trains imports it
+    # It runs on a login node before there is a job; nothing that trains imports it.
+    submits = PACKAGE / "verbs" / "slurm.py"
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.*")]:
         if path == submits:
             continue
@@ -179,8 +185,9 @@ def test_lower_layers_do_not_name_higher_ones() -> None:
 
 
 def test_nothing_that_trains_imports_what_submits() -> None:
-    assert not [module for module, path in MODULES.items() if "slurm" in imports(path)]
-    assert not re.search(r"SLURM_[A-Z]", (PACKAGE / "slurm.py").read_text()), "a job's variables are for its scripts"
+    assert not [module for module, path in MODULES.items() if "verbs.slurm" in imports(path)]
+    submits = (PACKAGE / "verbs" / "slurm.py").read_text()
+    assert not re.search(r"SLURM_[A-Z]", submits), "a job's variables are for its scripts"
 
 
 def test_the_readme_shows_the_tree_as_it_is() -> None:

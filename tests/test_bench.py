@@ -12,8 +12,8 @@ import torch
 from conftest import run
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
 
-from vit_dist.bench import advice
-from vit_dist.flops import count_flops
+from vit_dist.cost.flops import count_flops
+from vit_dist.verbs.bench import advice
 
 RATES = ("decode", "input", "step", "train", "evaluation")
 
@@ -70,8 +70,8 @@ def test_what_cannot_be_measured_is_told(tmp_path: Path) -> None:
         (["--steps", 0], "error: --steps 0: give at least 1"),
         (["--steps", "x"], "see vit-dist bench --help"),
     ):
-        assert said in run(*flags, module="vit_dist.bench", expect=2).stderr
-    failed = run(module="vit_dist.bench", expect=2, WORLD_SIZE="2", RANK="0")
+        assert said in run(*flags, module="vit_dist.verbs.bench", expect=2).stderr
+    failed = run(module="vit_dist.verbs.bench", expect=2, WORLD_SIZE="2", RANK="0")
     assert "error: bench measures one process" in failed.stderr
 
 

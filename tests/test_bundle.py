@@ -200,7 +200,7 @@ def test_a_cache_dir_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "leave cache_dir out" in refusal(monkeypatch, folder, *ARGS, "--cache_dir", "/scratch")
 
 
-@pytest.mark.parametrize("module", ["vit_dist.train", "vit_dist.doctor", "vit_dist.plan"])
+@pytest.mark.parametrize("module", ["vit_dist.train", "vit_dist.verbs.doctor", "vit_dist.verbs.plan"])
 def test_every_start_is_refused_in_one_line_and_leaves_nothing(tmp_path: Path, module: str) -> None:
     env: dict[str, Any] = {bundle.VARIABLE: str(tmp_path / "b"), "HF_HUB_OFFLINE": "0"}
     failed = run(*ARGS, "--output_dir", tmp_path / "run", module=module, expect=2, **env)

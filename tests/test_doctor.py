@@ -20,11 +20,12 @@ from conftest import run, write_photos
 from fork_ranks import fork_ranks
 from torch.multiprocessing import ProcessExitedException
 
-from vit_dist import checks, cli, distributed, doctor
-from vit_dist.checks import Job, Process, Result
+from vit_dist import cli, distributed
 from vit_dist.config import load_config
-from vit_dist.doctor import merged
 from vit_dist.errors import UserError
+from vit_dist.verbs import checks, doctor
+from vit_dist.verbs.checks import Job, Process, Result
+from vit_dist.verbs.doctor import merged
 
 CHECKS = [
     "launch", "strategy", "precision", "versions", "code", "model", "data", "/dev/shm", "open files", "cores", "disk",
@@ -50,7 +51,7 @@ def healthy(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     begun = time.monotonic()
     done = run(
         "--data", photos, "--model", checkpoint, "--output_dir", root / "runs" / "one", "--report_to", "none",
-        "--dataloader_num_workers", 1, launcher="torchrun", processes=2, module="vit_dist.doctor",
+        "--dataloader_num_workers", 1, launcher="torchrun", processes=2, module="vit_dist.verbs.doctor",
     )  # fmt: skip
     sys.stdout.write(f"doctor on two processes: {time.monotonic() - begun:.1f} s\n")
     return root, done.stdout
@@ -86,7 +87,7 @@ def test_what_is_missing_is_named_with_its_ranks(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run(
         "--data", "someone/flowers", "--model", "someone/vit", "--output_dir", tmp_path / "file" / "run",
-        launcher="torchrun", processes=2, module="vit_dist.doctor", expect=1, HF_HUB_OFFLINE="1",
+        launcher="torchrun", processes=2, module="vit_dist.verbs.doctor", expect=1, HF_HUB_OFFLINE="1",
     )  # fmt: skip
     found = lines(done.stdout)
     assert list(found) == CHECKS, done.stdout
@@ -121,8 +122,8 @@ def test_help_is_short_and_refers_to_train(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_several_gpus_get_a_process_each() -> None:
-    command = cli.launch_command(["cifar10"], 4, "vit_dist.doctor")
-    assert command is not None and command[-2:] == ["vit_dist.doctor", "cifar10"] and "4" in command
+    command = cli.launch_command(["cifar10"], 4, "vit_dist.verbs.doctor")
+    assert command is not None and command[-2:] == ["vit_dist.verbs.doctor", "cifar10"] and "4" in command
 
 
 def ill(rank: int, world_size: int, root: str) -> None:

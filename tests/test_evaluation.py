@@ -27,7 +27,7 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
     from vit_dist.distributed import Channel
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
-    from vit_dist.results import predict
+    from vit_dist.run.results import predict
     from vit_dist.trainer import build_trainer
 
     console.set_up(rank)

@@ -116,7 +116,7 @@ def test_verb_recipe_and_words_with_spaces_reach_the_module(scripts: Scripts, li
     words = ["my recipe.yaml", "--run_name", "it's 2 words; $HOME *", "--empty", ""]
     assert scripts.command(line, *words, gpus=2)[-7:] == ["-m", "vit_dist.train", *words]
     assert scripts.command(line, "train", *words, gpus=2)[-7:] == ["-m", "vit_dist.train", *words]
-    assert scripts.command(line, "doctor", *words, gpus=2)[-7:] == ["-m", "vit_dist.doctor", *words]
+    assert scripts.command(line, "doctor", *words, gpus=2)[-7:] == ["-m", "vit_dist.verbs.doctor", *words]
 
 
 def test_the_shown_command_can_be_pasted(scripts: Scripts, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from conftest import results, run
 from transformers import ViTConfig, ViTForImageClassification
 
-from vit_dist import memory, plan
+from vit_dist.cost import memory
 from vit_dist.strategy import mark_blocks
+from vit_dist.verbs import plan
 
 
 def planned(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_bf16(
 
 def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
     script = (
-        "import sys, torch\nfrom vit_dist import plan\n"
+        "import sys, torch\nfrom vit_dist.verbs import plan\n"
         "code = plan.main(['digits', '--gpus', '4', '--gpu', 'h100', '--output_dir', sys.argv[1]])\n"
         "assert code == 0 and not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
     )

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from vit_dist import attempts, failure, run_folder
 from vit_dist.checkpoint import store
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
+from vit_dist.run import attempts, failure, run_folder
 
 FACTS: dict[str, Any] = {
     "world_size": 2, "strategy": "DDP", "global_batch_size": 64, "model_revision": None,

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import run
 
-from vit_dist import slurm
 from vit_dist.errors import UserError
+from vit_dist.verbs import slurm
 
 ROOT = Path(__file__).parents[1]
 SBATCH = f"""#!{sys.executable}

@@ -27,10 +27,10 @@ from lab import Lab as Forks
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, EvalPrediction, ViTConfig, ViTForImageClassification
 
-from vit_dist import memory
 from vit_dist.checkpoint.load import layout, obstacle
 from vit_dist.checkpoint.store import checkpoints, damage
 from vit_dist.config import load_config
+from vit_dist.cost import memory
 from vit_dist.data.pipeline import build_data
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.strategy import mark_blocks

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from conftest import results, run
 
-from vit_dist import cli, sweep
+from vit_dist import cli
 from vit_dist.errors import UserError
+from vit_dist.verbs import sweep
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -68,7 +69,7 @@ def test_flags_are_for_all_members_and_win(write: Write) -> None:
 
 def test_a_batch_job_gets_the_arguments_of_a_member_without_loading_torch(write: Write) -> None:
     path = write("recipe: my recipe.yaml\nname: a name\ngrid: {seed: [1, 2]}\n")
-    code = "import sys; from vit_dist.sweep import main; main(); assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import sys; from vit_dist.verbs.sweep import main; main(); assert not {'torch', 'numpy'} & set(sys.modules)"
 
     def printed(*words: str) -> str:
         command = [sys.executable, "-c", code, str(path), *words]

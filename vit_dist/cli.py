@@ -66,14 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, argv: list[str]) -> int:
     """Start one process per visible GPU, or go on in this one if there is at most one or a launcher is at work."""
     if verb == "sweep":
-        from vit_dist.sweep import main as sweep
+        from vit_dist.verbs.sweep import main as sweep
 
         return sweep(argv, lambda arguments: _run("train", arguments))
-    module = importlib.import_module(f"vit_dist.{verb}")  # a second or more, of which the others need nothing
+    name = "vit_dist.train" if verb == "train" else f"vit_dist.verbs.{verb}"
+    module = importlib.import_module(name)  # a second or more, of which the others need nothing
     if verb in ALONE:
         return module.main(argv)
     gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
-    command = launch_command(argv, gpus, f"vit_dist.{verb}")
+    command = launch_command(argv, gpus, name)
     if command is not None:
         os.environ.update({**FOR_LAUNCHERS, **os.environ})
         os.execv(command[0], command)

@@ -18,10 +18,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vit_dist import attempts, bundle, console, distributed, entry, run_folder, stop
+from vit_dist import bundle, console, distributed, entry, stop
 from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
-from vit_dist.owner import owned
+from vit_dist.run import attempts, run_folder
+from vit_dist.run.owner import owned
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 def train(config: Config) -> None:
     """The order of events of a run; every rank runs it. Raises UserError for what the user can mend."""
     # Slow to import; a mistake in the command should be told at once.
-    from vit_dist import failure, strategy
+    from vit_dist import strategy
     from vit_dist.arguments import build_arguments
+    from vit_dist.run import failure
 
     stop.listen(config.max_time)
     bundle.check(config)
@@ -74,9 +76,10 @@ def fit(
     """From the data to the report, in a folder that is ours. `asked` is the strategy; `held` ends with the run."""
     import torch
 
-    from vit_dist import failure, results, strategy, summary, trackers
+    from vit_dist import strategy
     from vit_dist.build import build
     from vit_dist.checkpoint.writer import CheckpointWriter
+    from vit_dist.run import failure, results, summary, trackers
 
     writer = CheckpointWriter(config, distributed.Channel(), args.process_index, attempt.begins_at or None)
     held.callback(writer.close)  # before the lock is let go

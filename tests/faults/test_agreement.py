@@ -10,7 +10,8 @@ import pytest
 from conftest import write_photos
 from lab import ARGS, Lab
 
-from vit_dist import run_folder, train
+from vit_dist import train
+from vit_dist.run import run_folder
 
 
 def refusal(lab: Lab, folder: Path, *args: Any, **options: Any) -> str:

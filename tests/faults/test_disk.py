@@ -16,13 +16,14 @@ import pytest
 import torch
 from lab import Lab, committed, fingerprint, status
 
-from vit_dist import attempts, stop
+from vit_dist import stop
 from vit_dist.checkpoint import store
 from vit_dist.checkpoint.snapshot import Snapshot, TorchFile
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import load_config
 from vit_dist.distributed import Channel
 from vit_dist.errors import UserError
+from vit_dist.run import attempts
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_what_is_kept(
 
 
 def test_an_owner_is_named_and_a_stale_lock_recovered(lab: Lab, tmp_path: Path) -> None:
-    from vit_dist.owner import owned
+    from vit_dist.run.owner import owned
 
     folder = tmp_path / "run"
     lab.run(folder, fault="before_optim:0:3:kill9", expect=-9)

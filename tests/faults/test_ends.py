@@ -105,7 +105,7 @@ def test_a_number_that_is_not_finite_stops_all_and_is_never_saved(lab: Lab, what
 
 
 def test_what_one_process_does_alone_at_the_end_is_no_hang(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vit_dist import report
+    from vit_dist.run import report
 
     check = report.check_export
 

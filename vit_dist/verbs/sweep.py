@@ -29,7 +29,7 @@ import yaml
 from vit_dist import settings_file
 from vit_dist.errors import UserError
 from vit_dist.settings_file import Setting
-from vit_dist.verb import Parser
+from vit_dist.verbs.parser import Parser
 
 if TYPE_CHECKING:
     from vit_dist.config import Config
@@ -131,7 +131,7 @@ def _of_members(sweep: Sweep, message: str, numbers: list[int]) -> str:
 def table(sweep: Sweep, configs: Sequence[Config], flags: Sequence[str] = ()) -> list[str]:
     """The members, what their run folders tell of them, and how to start them."""
     from vit_dist import console
-    from vit_dist.run_folder import RESULTS, STATUS, read_json
+    from vit_dist.run.run_folder import RESULTS, STATUS, read_json
 
     keys = list(dict.fromkeys(key for settings in sweep.members for key in settings))
     rows = [["member", *keys, "state", "validation", "test"]]

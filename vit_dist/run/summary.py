@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from vit_dist import __version__
-from vit_dist.attempts import Attempt
 from vit_dist.batch import Batch
 from vit_dist.build import Built
 from vit_dist.config import Config
+from vit_dist.run.attempts import Attempt
+from vit_dist.run.trackers import Trackers
 from vit_dist.schedule import describe_rate, total_steps
-from vit_dist.trackers import Trackers
 
 
 def describe(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_dist.arguments import reporters
-from vit_dist.attempts import Attempt
 from vit_dist.callbacks.metrics_file import MetricsFile, last_steps
 from vit_dist.callbacks.progress import Progress
 from vit_dist.callbacks.wandb import WandbCallback, logged_in
 from vit_dist.config import Config
-from vit_dist.run_folder import METRICS
+from vit_dist.run.attempts import Attempt
+from vit_dist.run.run_folder import METRICS
 from vit_dist.trainer import ExactTrainer
 
 

@@ -1,8 +1,8 @@
 """Check a launch before a long run: processes, data, caches, disk, network. Trains nothing, downloads nothing.
 
 vit-dist doctor [RECIPE] [--flag value ...]                              # one process per visible GPU
-torchrun --nproc-per-node 8 -m vit_dist.doctor configs/recipes/cifar10.yaml
-accelerate launch --config_file configs/accelerate/zero2.yaml -m vit_dist.doctor --data ~/photos
+torchrun --nproc-per-node 8 -m vit_dist.verbs.doctor configs/recipes/cifar10.yaml
+accelerate launch --config_file configs/accelerate/zero2.yaml -m vit_dist.verbs.doctor --data ~/photos
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from vit_dist import attempts, bundle, checks, console, distributed, entry
+from vit_dist import bundle, console, distributed, entry
 from vit_dist.batch import split_batch
-from vit_dist.checks import MIB, Job, Process, Result
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import nearest_folder
+from vit_dist.run import attempts
+from vit_dist.verbs import checks
+from vit_dist.verbs.checks import MIB, Job, Process, Result
 
 HELP = f"""usage: vit-dist doctor [RECIPE] [--flag value ...]
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from vit_dist import stop
-from vit_dist.attempts import Attempt
 from vit_dist.callbacks.watchdog import Watchdog
 from vit_dist.config import Config
 from vit_dist.distributed import Peers, first_to_fail, is_lost_connection, launched_rank
 from vit_dist.errors import LostProcess, UserError
 from vit_dist.redact import redact
-from vit_dist.run_folder import environment, write_json, write_status
+from vit_dist.run.attempts import Attempt
+from vit_dist.run.run_folder import environment, write_json, write_status
 
 FAILURE = "failure.json"
 OUT_OF_MEMORY = (

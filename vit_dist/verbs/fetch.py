@@ -25,8 +25,8 @@ from vit_dist import bundle, console, entry
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import remove, replacing, seal, sha256, sync_folder, sync_tree
-from vit_dist.run_folder import versions
-from vit_dist.verb import Parser
+from vit_dist.run.run_folder import versions
+from vit_dist.verbs.parser import Parser
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -183,7 +183,7 @@ def _use_caches_in(folder: Path, argv: Sequence[str]) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "vit_dist.fetch", *argv], environ)
+    os.execve(sys.executable, [sys.executable, "-m", "vit_dist.verbs.fetch", *argv], environ)
 
 
 def _make(partial: Path, wanted: Mapping[str, Any], config: Config) -> None:

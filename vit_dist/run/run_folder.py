@@ -19,8 +19,8 @@ from vit_dist.checkpoint import store
 from vit_dist.checkpoint.store import make_folder
 from vit_dist.errors import UserError
 from vit_dist.files import replacing
-from vit_dist.owner import LOCK
 from vit_dist.redact import redact
+from vit_dist.run.owner import LOCK
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"

@@ -77,7 +77,7 @@ def check_launch(job: Job, idle_gpus: int) -> Result:
 
 def check_code() -> Result:
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     code = digest.hexdigest()[:12]
@@ -254,7 +254,7 @@ def check_disk(job: Job) -> Result | None:
 def check_wandb(job: Job) -> Result | None:
     """Never a failure: training goes on without it."""
     from vit_dist.callbacks.wandb import base_url, unreachable, wandb_mode
-    from vit_dist.trackers import wants_wandb
+    from vit_dist.run.trackers import wants_wandb
 
     if job.args.process_index:
         return None

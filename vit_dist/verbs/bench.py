@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from vit_dist import console, entry
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
-from vit_dist.verb import Parser
+from vit_dist.verbs.parser import Parser
 
 if TYPE_CHECKING:
     from vit_dist.build import Built
@@ -81,8 +81,8 @@ def run(config: Config, steps: int) -> dict[str, Any]:
     from vit_dist.batch import split_batch
     from vit_dist.build import build
     from vit_dist.checkpoint.writer import CheckpointWriter
-    from vit_dist.flops import count_flops
-    from vit_dist.run_folder import environment
+    from vit_dist.cost.flops import count_flops
+    from vit_dist.run.run_folder import environment
 
     distributed.use_one_device()
     begin = time.perf_counter()

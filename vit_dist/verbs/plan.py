@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vit_dist import bundle, console, run_folder
+from vit_dist import bundle, console
 from vit_dist.batch import Batch, scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
-from vit_dist.verb import Parser
+from vit_dist.run import run_folder
+from vit_dist.verbs.parser import Parser
 
 GPU_MEMORY = {  # decimal GB, as they are sold; about 1 % less can be allocated
     "h200": 141, "h100": 80, "a100": 80, "a100-40": 40, "l40s": 48, "a6000": 48, "a10": 24, "l4": 24, "rtx4090": 24,
@@ -189,7 +190,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
 
 def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: Any, asked: str) -> dict[str, Any]:
     """`strategies`: bytes on a GPU and traffic of each; `strategy`: the one asked for or recommended, and why."""
-    from vit_dist import memory
+    from vit_dist.cost import memory
     from vit_dist.strategy import mark_blocks
 
     mark_blocks(model)

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vit_dist import console, failure, report, run_folder, stop
-from vit_dist.attempts import Attempt
+from vit_dist import console, stop
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.pipeline import ImageData
@@ -19,7 +18,9 @@ from vit_dist.distributed import on_main
 from vit_dist.errors import UserError
 from vit_dist.files import remove, sync_folder, sync_tree
 from vit_dist.metrics import ClassificationMetrics
-from vit_dist.trackers import Trackers
+from vit_dist.run import failure, report, run_folder
+from vit_dist.run.attempts import Attempt
+from vit_dist.run.trackers import Trackers
 from vit_dist.trainer import ExactTrainer
 
 

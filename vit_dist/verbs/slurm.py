@@ -24,10 +24,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit_dist import console, preflight, sweep
+from vit_dist import console
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
-from vit_dist.verb import Parser
+from vit_dist.verbs import preflight, sweep
+from vit_dist.verbs.parser import Parser
 
 USAGE = "usage: vit-dist slurm [sbatch options] train|doctor|sweep ... [--strategy NAME] [--throttle K] [--print]"
 VERBS = ("train", "doctor", "sweep")
@@ -165,8 +166,8 @@ def split_options(words: Sequence[str]) -> tuple[list[Option], list[str]]:
 
 def script_root() -> Path:
     """The folder with slurm/, launch/ and configs/accelerate/ in it: of the installed package, or of a checkout."""
-    installed = Path(__file__).parent / "cluster"
-    return installed if installed.is_dir() else Path(__file__).parents[1]
+    installed = Path(__file__).parents[1] / "cluster"
+    return installed if installed.is_dir() else Path(__file__).parents[2]
 
 
 def check(request: Request, root: Path) -> tuple[list[Option], list[str]]:

@@ -19,8 +19,8 @@ from vit_dist.checkpoint.load import obstacle
 from vit_dist.config import Config, write_config
 from vit_dist.errors import UserError
 from vit_dist.files import is_sealed, replacing, seal
-from vit_dist.owner import LOCK
-from vit_dist.run_folder import (
+from vit_dist.run.owner import LOCK
+from vit_dist.run.run_folder import (
     CLASSES,
     CONFIG,
     JOBS,

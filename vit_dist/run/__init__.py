@@ -1,0 +1,1 @@
+"""What becomes of a run: its folder, earlier attempts, what is reported, what is remembered of a failure."""

@@ -1,0 +1,1 @@
+"""What `vit-dist` does beside training."""
