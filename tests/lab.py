@@ -29,6 +29,7 @@ from conftest import CONFIGS
 from points import install, witness
 
 from vit_dist import distributed
+from vit_dist.callbacks.speed import KEYS
 from vit_dist.checkpoint import store
 
 # What a run imports on its way; here once for all of them.
@@ -203,7 +204,7 @@ def _child(rank: int, world: int, port: int, argv: list[str], log: Path, fault: 
 def fingerprint(folder: Path) -> dict[str, Any]:
     """What must be equal to the bit: weights, optimizer, learning rate, and every row that was logged."""
     last = next(store.checkpoints(folder))
-    timing = ("runtime", "per_second")
+    timing = ("runtime", "per_second", *KEYS)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((folder / "all_results.json").read_text())
     # ZeRO's shares of the optimizer end with padding that nobody sets; what they did is in the weights and rows.

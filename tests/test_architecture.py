@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "blocks", "console", "distributed", "strategy", "checkpoint.writer", "config", "data.pipeline", "data.resident",
         "metrics.__init__", "model", "trainer",
     },
-    "verbs.bench": {
+    "verbs.bench": {"cost.peak",
         "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
         "cost.flops", "run.run_folder", "strategy", "verbs.parser",
     },
@@ -65,7 +65,11 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks.reproducible": {"data.sampler"},
     "callbacks.metrics_file": {"files"},
     "callbacks.watchdog": set(),
-    "callbacks.progress": set(),
+    "callbacks.progress": {"callbacks.speed"},
+    "callbacks.profile": set(),
+    "callbacks.speed": {"clock"},
+    "clock": set(),
+    "cost.peak": set(),
     "callbacks.wandb": {"redact"},
     "batch": {"config", "errors"},
     "schedule": {"config", "errors"},
@@ -83,11 +87,11 @@ ALLOWED: dict[str, set[str]] = {
     "cost.memory": {"errors", "strategy"},
     "arguments": {"batch", "config", "distributed", "errors", "strategy"},
     "resumable": {
-        "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "distributed", "errors",
-        "model", "stop",
+        "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "clock", "distributed",
+        "errors", "model", "stop",
     },
     "trainer": {
-        "checkpoint.writer", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.pixels",
+        "checkpoint.writer", "clock", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.pixels",
         "data.sampler", "metrics.__init__", "callbacks.reproducible", "resumable", "stop",
     },
     "run.run_folder": {"checkpoint.store", "console", "errors", "files", "run.owner", "redact"},
@@ -100,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run.trackers": {
         "arguments", "run.attempts", "config", "run.run_folder", "trainer", "callbacks.metrics_file",
-        "callbacks.progress", "callbacks.wandb",
+        "callbacks.progress", "callbacks.speed", "callbacks.wandb", "cost.flops", "cost.peak", "distributed",
     },
     "run.summary": {
         "__init__", "run.attempts", "batch", "build", "config", "schedule", "run.trackers",
@@ -111,7 +115,8 @@ ALLOWED: dict[str, set[str]] = {
         "run.failure", "files", "metrics.__init__", "run.report", "run.run_folder", "stop", "run.trackers", "trainer",
     },
     "train": {
-        "arguments", "run.attempts", "batch", "bundle", "callbacks.watchdog", "checkpoint.writer", "errors",
+        "arguments", "run.attempts", "batch", "bundle", "callbacks.profile", "callbacks.watchdog",
+        "checkpoint.writer", "errors",
         "run.failure", "build", "run.owner", "run.run_folder", "stop", "config", "console", "distributed", "entry",
         "model", "run.results", "strategy", "run.summary", "run.trackers", "trainer",
     },

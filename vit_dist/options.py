@@ -153,6 +153,15 @@ class RunOptions:
         "End the job if no process gets on with a step for this long, and leave every process's stack in the run "
         "folder; 0 never does. On CPUs nothing else would end it.",
     )
+    measure_peak: bool | None = _option(
+        None,
+        "Measure once how many operations the device can do, so that the log has its share (`mfu`). Default: on GPUs, "
+        "where it takes 0.1 s.",
+    )
+    profile: int | None = _option(
+        None,
+        "Write a Chrome trace of this many steps, from the sixth on, to <output_dir>/profile, one for each process.",
+    )
     save_keep_every: int | None = _option(
         None, "Besides the checkpoints of `save_total_limit`, keep each one whose step is a multiple of this."
     )
@@ -257,6 +266,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data_seed": (0, 2**32 - 1),
     "dataloader_num_workers": (0, 4096),
     "save_total_limit": (1, 1e9),
+    "profile": (1, 1000),
     "save_keep_every": (1, 1e9),
     "early_stopping_patience": (1, 1e9),
     "early_stopping_threshold": (0, 1e30),

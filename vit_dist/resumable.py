@@ -26,6 +26,7 @@ from vit_dist import stop
 from vit_dist.checkpoint import snapshot, store
 from vit_dist.checkpoint.load import STATE, ask_for, hyperparameters, layout, load_model, load_optimizer
 from vit_dist.checkpoint.writer import CheckpointWriter
+from vit_dist.clock import Clock
 from vit_dist.distributed import Channel
 from vit_dist.errors import UserError
 from vit_dist.model import reload_strictly, saved_weights
@@ -42,6 +43,7 @@ class ResumableTrainer(Trainer):
         self.facts: dict[str, Any] = {}  # for the manifests of checkpoints
         self.first_step = 0  # at which this attempt began: 0, or its checkpoint's
         super().__init__(**kwargs)
+        self.clock = Clock(self.args.device)
         self.add_callback(_Continue(self))
         self.add_callback(_StopWhenAsked(self))
         self.votes = Channel()
@@ -95,18 +97,21 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Copy the state and let the writer commit it (all ranks participate). Once for a step."""
-        if self.writer.latest == self.state.global_step or not self.writer.ready(self._best_step):
+        if self.writer.latest == self.state.global_step:
             return
-        if self._best_step:
-            self.state.best_model_checkpoint = str(self._best_checkpoint)
-        self.writer.submit(
-            snapshot.Snapshot(
-                step=self.state.global_step,
-                best_step=self._best_step,
-                facts={**self.facts, "layout": self._layout},
-                parts=self._parts(),
+        with self.clock.waiting("checkpoint"):
+            if not self.writer.ready(self._best_step):
+                return
+            if self._best_step:
+                self.state.best_model_checkpoint = str(self._best_checkpoint)
+            self.writer.submit(
+                snapshot.Snapshot(
+                    step=self.state.global_step,
+                    best_step=self._best_step,
+                    facts={**self.facts, "layout": self._layout},
+                    parts=self._parts(),
+                )
             )
-        )
 
     def _parts(self) -> list[snapshot.Part]:
         """This rank's share of the state (all ranks participate)."""
@@ -175,7 +180,8 @@ class ResumableTrainer(Trainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; if it is interrupted, the step is committed first, with a note that it is to be evaluated."""
         try:
-            return super()._evaluate(*args, **kwargs)
+            with self.clock.waiting("evaluation"):
+                return super()._evaluate(*args, **kwargs)
         except stop.Interrupted:
             self._to_evaluate = {"save": self.control.should_save}
             self._save_checkpoint(self.model_wrapped, None)

@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vit_dist import bundle, console, distributed, entry, stop
@@ -78,6 +79,7 @@ def fit(
 
     from vit_dist import strategy
     from vit_dist.build import build
+    from vit_dist.callbacks.profile import Profile
     from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.run import failure, results, summary, trackers
 
@@ -101,8 +103,11 @@ def fit(
     attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
     trainer.facts = attempts.manifest_facts(attempt, batch)
     processes = distributed.gather((socket.gethostname(), os.getpid()))
+    open_trackers = partial(trackers.open_trackers, config, attempt, facts, trainer, data.input_size)
+    if config.run.profile:
+        trainer.add_callback(Profile(config.output_dir / "profile", config.run.profile, args.process_index))
     with failure.recorded(config.output_dir, attempt, trainer.whereabouts, processes):
-        reporting = trackers.open_trackers(config, attempt, facts, trainer) if args.process_index == 0 else None
+        reporting = open_trackers() if args.process_index == 0 else None
         console.say(*summary.describe(config, attempt, built, batch, asked, idle_gpus, reporting))
         try:
             stop.defer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from vit_dist import stop
 from vit_dist.callbacks.reproducible import LastStep, StepSeeds
 from vit_dist.checkpoint.writer import CheckpointWriter
+from vit_dist.clock import Clock
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset, collate
 from vit_dist.data.pipeline import ImageData
@@ -150,8 +151,9 @@ class ExactTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by Accelerate: the sampler already yields this rank's share."""
         args = self.args
-        return _ForkingLoader(
+        return _TrainLoader(
             self.writer.wait,
+            self.clock,
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
@@ -165,7 +167,7 @@ class ExactTrainer(ResumableTrainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         if self.args.dataloader_num_workers and not getattr(self, "_eval_dataloaders", None):
-            self.writer.wait()  # see `_ForkingLoader`
+            self.writer.wait()  # see `_TrainLoader`
         return _shielded(super().get_eval_dataloader(*args, **kwargs))
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
@@ -336,19 +338,21 @@ class _LookBeforeItIsKept(TrainerCallback):
             self.trainer.stop_unless_finite()
 
 
-class _ForkingLoader(DataLoader):
-    """Calls `settle` before it forks its processes: a child has the locks of threads that it does not have, held for
-    ever, and a thread writes checkpoints. With persistent workers it forks once.
+class _TrainLoader(DataLoader):
+    """Tells `clock` how long each batch is waited for.
+
+    Calls `settle` before it forks its processes: a child has the locks of threads that it does not have, held for ever,
+    and a thread writes checkpoints. With persistent workers it forks once.
     """
 
-    def __init__(self, settle: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, settle: Callable[[], None], clock: Clock, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._settle = settle
+        self._settle, self._clock = settle, clock
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.num_workers and self._iterator is None:
             self._settle()
-        return super().__iter__()
+        return self._clock.batches(super().__iter__())
 
 
 def _shielded(loader: Any) -> DataLoader:

@@ -11,9 +11,17 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from vit_dist.callbacks.speed import MFU, RATE
+
 logger = logging.getLogger("vit_dist")
 
 SECONDS_BETWEEN_LINES = 5.0
+SHARES = {
+    MFU: "of the peak",
+    "data_wait": "waiting for data",
+    "communication_wait": "for communication",
+    "checkpoint_wait": "for checkpoints",
+}
 
 
 class Progress(ProgressCallback):
@@ -69,11 +77,14 @@ class Progress(ProgressCallback):
     def _training_line(self, state: TrainerState, logs: dict[str, float]) -> str:
         step, start = self._started
         seconds = max(time.monotonic() - start, 1e-9)
-        rate = (state.global_step - step) / seconds
+        rate = (state.global_step - step) / seconds  # of all that happens, evaluations too
+        speed = logs.get(RATE, rate * self.global_batch)
+        shares = [f"{logs[key]:.0%} {name}" for key, name in SHARES.items() if logs.get(key, 0) >= 0.005]
+        shown = f" ({', '.join(shares)})" if shares else ""
         left = timedelta(seconds=round((state.max_steps - state.global_step) / rate)) if rate else "?"
         return (
             f"loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.2e}, "
-            f"{rate * self.global_batch:,.0f} images/s, {left} left"
+            f"{speed:,.0f} images/s{shown}, {left} left"
         )
 
     def _say(self, state: TrainerState, what: str) -> None:

@@ -46,7 +46,7 @@ FREE = {
     "save_total_limit", "resume_from_checkpoint", "local_rank", "ddp_timeout", "ddp_backend", "use_cpu",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
     "do_train", "do_eval", "do_predict", "verify_images", "eval_accumulation_steps", "deepspeed", "fsdp", "fsdp_config",
-    "max_time", "hang_timeout", "save_keep_every",
+    "max_time", "hang_timeout", "save_keep_every", "measure_peak", "profile",
 }  # fmt: skip
 
 PINNED = ("data", "global_batch_size", "model_revision")  # facts that must not change between two attempts

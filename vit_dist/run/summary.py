@@ -29,6 +29,9 @@ def describe(
     devices = f"{args.world_size} x {args.device.type}, {strategy}, {precision}"
     if idle_gpus:
         devices += f"; {idle_gpus} more GPUs are visible and idle: `vit-dist train` uses them all"
+    if reporting and reporting.peak:
+        compiled = f"{compiled}; " if compiled else ""
+        compiled += f"matrix products reach {reporting.peak / 1e12:,.3g} TFLOP/s"
     steps = total_steps(config, batches.steps_per_epoch)
     metrics = ", ".join(["metrics.jsonl", *reporting.lines]) if reporting else ""
     lines = [("vit_dist", f"{__version__}, {config.source}, seed {args.seed}")]

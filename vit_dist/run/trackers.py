@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from vit_dist.arguments import reporters
 from vit_dist.callbacks.metrics_file import MetricsFile, last_steps
 from vit_dist.callbacks.progress import Progress
+from vit_dist.callbacks.speed import Speed, Step, data_advice
 from vit_dist.callbacks.wandb import WandbCallback, logged_in
 from vit_dist.config import Config
+from vit_dist.cost.flops import count_flops
+from vit_dist.cost.peak import matmul_flops
+from vit_dist.distributed import cores
 from vit_dist.run.attempts import Attempt
 from vit_dist.run.run_folder import METRICS
 from vit_dist.trainer import ExactTrainer
@@ -21,10 +27,15 @@ class Trackers:
     metrics_file: MetricsFile
     wandb: WandbCallback | None
     lines: list[str]  # what the plan says of each
+    peak: float | None  # FLOP/s of the device in matrix products, if it was measured
 
 
-def open_trackers(config: Config, attempt: Attempt, facts: dict[str, Any], trainer: ExactTrainer) -> Trackers:
-    """Add rank 0's callbacks to the trainer."""
+def open_trackers(
+    config: Config, attempt: Attempt, facts: dict[str, Any], trainer: ExactTrainer, side: int
+) -> Trackers:
+    """Add rank 0's callbacks to the trainer. `side` of the model's input in pixels."""
+    speed = _speed(config, trainer, side)
+    trainer.add_callback(speed)  # before those that show what it adds
     path = config.output_dir / METRICS
     logged = last_steps(path)
     metrics_file = MetricsFile(path)
@@ -47,7 +58,16 @@ def open_trackers(config: Config, attempt: Attempt, facts: dict[str, Any], train
     for callback in (metrics_file, Progress(trainer.batches.global_batch), wandb):
         if callback is not None:
             trainer.add_callback(callback)
-    return Trackers(metrics_file, wandb, lines)
+    return Trackers(metrics_file, wandb, lines, speed.step.peak)
+
+
+def _speed(config: Config, trainer: ExactTrainer, side: int) -> Speed:
+    args, asked, flop, peak = trainer.args, config.run.measure_peak, None, None
+    if asked or (asked is None and args.device.type == "cuda"):
+        flop = count_flops(cast(PreTrainedModel, trainer.model), side).training
+        peak = matmul_flops(args.device, config.precision)
+    step = Step(trainer.batches.global_batch, args.world_size, flop, peak)
+    return Speed(trainer.clock, step, data_advice(args.dataloader_num_workers, cores()), lambda: trainer.model_wrapped)
 
 
 def wants_wandb(config: Config) -> bool:

@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 from vit_dist import console, entry
 from vit_dist.config import Config, load_config
+from vit_dist.cost.peak import copy_rate, matmul_flops, settle
 from vit_dist.errors import UserError
 from vit_dist.verbs.parser import Parser
 
@@ -123,8 +124,8 @@ def _measure(built: Built, steps: int, images: int, found: dict[str, Any]) -> No
         found[f"{name}_images_per_second"] = rate
         console.say(f"{title:<22}{rate:10,.0f} images/s" + (f", {more}" if more else ""))
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[found["precision"]]
-    found["matmul_flops"], found["copy_bytes_per_second"] = _peaks(args.device, dtype)
+    found["matmul_flops"] = matmul_flops(args.device, found["precision"])
+    found["copy_bytes_per_second"] = copy_rate(args.device)
     console.say(
         f"{'peak':<22}{found['matmul_flops'] / 1e12:10,.2f} TFLOP/s in matrix products, "
         f"{found['copy_bytes_per_second'] / 1e9:,.0f} GB/s in copies"
@@ -227,13 +228,6 @@ class Clock(TrainerCallback):
             self.step = (settle() - self.begun) / self.steps
 
 
-def settle() -> float:
-    """The time, once the device has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _seconds_a_step(built: Built, clock: Clock, loader: Any = None) -> float:
     """Of the Trainer's own loop, with another loader in the place of its own if that is given."""
     trainer = built.trainer
@@ -249,25 +243,6 @@ def _evaluation_rate(built: Built) -> float:
     begin = settle()
     built.trainer.evaluate()
     return len(built.data.validation) / (settle() - begin)
-
-
-def _peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s of square matrix products, bytes/s read and written by a copy)."""
-    side, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def fastest(act: Callable[[], Any]) -> float:
-        best = math.inf
-        for _ in range(4):
-            begin = settle()
-            for _ in range(5):
-                act()
-            best = min(best, (settle() - begin) / 5)
-        return best
-
-    return 2 * side**3 / fastest(lambda: a @ b), 2 * size / fastest(lambda: target.copy_(source))
 
 
 def _decode_rate(built: Built) -> float:

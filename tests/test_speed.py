@@ -1,0 +1,140 @@
+"""What a row says of speed and of what was waited for; the advice; profiles."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import rows, run
+
+from vit_dist import clock
+from vit_dist.callbacks.speed import Speed, Step, data_advice
+from vit_dist.checkpoint import store
+
+FEW = ["--max_train_samples", 64, "--max_eval_samples", 20, "--max_predict_samples", 20, "--report_to", "none"]
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, which passes only where a test says so."""
+    now = [100.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def speed(time: clock.Clock, **facts: Any) -> Speed:
+    return Speed(time, Step(32, **facts), "eat more batches", lambda: torch.nn.Identity())
+
+
+def train(one: Speed, now: list[float], steps: int, seconds: float) -> None:
+    for _ in range(steps):
+        now[0] += seconds
+        one.on_step_end(*[SimpleNamespace()] * 3)
+
+
+def logged(one: Speed) -> dict[str, Any]:
+    logs: dict[str, Any] = {"loss": 1.0}
+    one.on_log(*[SimpleNamespace()] * 3, logs=logs)  # type: ignore[arg-type]
+    return logs
+
+
+def test_a_row_has_the_rate_its_share_of_the_peak_and_the_waits(now: list[float]) -> None:
+    time = clock.Clock(torch.device("cpu"))
+    one = speed(time, devices=2, flop=1e9, peak=80e9)
+    train(one, now, steps=1, seconds=50)  # compiles
+    train(one, now, steps=4, seconds=1.5)
+    for what, seconds in (("data", 1.0), ("evaluation", 7.0), ("checkpoint", 0.5), ("data", 0.5)):
+        with time.waiting(what):
+            now[0] += seconds
+    assert logged(one) == {
+        "loss": 1.0, "images_per_second": 16.0, "mfu": 0.1, "data_wait": 1.5 / 8, "checkpoint_wait": 0.5 / 8,
+    }  # fmt: skip
+    train(one, now, steps=2, seconds=1)
+    assert logged(one) == {"loss": 1.0, "images_per_second": 32.0, "mfu": 0.2, "data_wait": 0, "checkpoint_wait": 0}
+    assert logged(one) == {"loss": 1.0}, "no step since"
+    evaluation: dict[str, Any] = {"eval_loss": 1.0}
+    one.on_log(*[SimpleNamespace()] * 3, logs=evaluation)  # type: ignore[arg-type]
+    assert evaluation == {"eval_loss": 1.0}
+
+
+def test_one_word_of_advice_for_what_starves(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    time = clock.Clock(torch.device("cpu"))
+    one = speed(time)
+    logging.getLogger("vit_dist").propagate = True
+    with caplog.at_level(logging.INFO, logger="vit_dist"):
+        for _ in range(5):
+            train(one, now, steps=10, seconds=1)
+            with time.waiting("data"):
+                now[0] += 10
+            logged(one)
+    assert [record.message for record in caplog.records] == [
+        "50% of the time goes into waiting for data: eat more batches"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "told"),
+    [(0, 8, "--dataloader_num_workers 1 or more"), (2, 8, "than 2, there are 8 cores"), (7, 8, "smaller image files")],
+)
+def test_advice_about_data(workers: int, cores: int, told: str) -> None:
+    assert told in data_advice(workers, cores)
+
+
+def test_batches_are_waited_for(now: list[float]) -> None:
+    def slow() -> Any:
+        for batch in range(3):
+            now[0] += 2.0
+            yield batch
+
+    time = clock.Clock(torch.device("cpu"))
+    for _ in time.batches(slow()):
+        now[0] += 1.0
+    assert time.read() == (9.0, {"data": 6.0})
+
+
+@pytest.fixture(scope="module")
+def two(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speed") / "run"
+    more = ["--max_steps", 14, "--logging_steps", 3, "--save_steps", 4, "--profile", 3, "--measure_peak", "true"]
+    run(
+        "digits", "--model", checkpoint, *FEW, *more, "--per_device_train_batch_size", 4, "--output_dir", folder,
+        launcher="torchrun", processes=2, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    return folder
+
+
+def test_two_processes_say_what_they_wait_for(two: Path) -> None:
+    found = [row for row in rows(two) if "loss" in row]
+    assert [row["step"] for row in found] == [3, 6, 9, 12, 14]
+    for row in found:
+        assert row["images_per_second"] > 0 and 0 < row["mfu"] < 1
+        assert 0 < row["data_wait"] < 1 and 0 <= row["checkpoint_wait"] < 1
+        assert 0 <= row["communication_wait"] <= 1
+    assert any(row["communication_wait"] for row in found), "PyTorch no longer measures it"
+    assert any(row["checkpoint_wait"] for row in found)
+
+
+def test_each_process_has_a_trace_of_as_many_steps_as_asked(two: Path) -> None:
+    for rank in range(2):
+        with gzip.open(two / f"profile/rank{rank}.json.gz") as file:
+            events = json.load(file)["traceEvents"]
+        assert sum(event["name"].startswith("Optimizer.step#") for event in events) == 3
+
+
+def test_a_checkpoint_does_not_know_how_fast_it_was_made(two: Path) -> None:
+    state = json.loads((next(store.checkpoints(two)) / "trainer_state.json").read_text())
+    assert state["log_history"] and not any("images_per_second" in row for row in state["log_history"])
+
+
+def test_a_run_too_short_for_a_profile_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    done = run(
+        "digits", "--model", checkpoint, *FEW, "--max_steps", 3, "--profile", 2, "--output_dir", tmp_path / "run"
+    )
+    assert "no profile: it begins after 5 steps, and there were 3" in done.stdout + done.stderr
+    assert not (tmp_path / "run/profile").exists()

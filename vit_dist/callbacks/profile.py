@@ -1,0 +1,50 @@
+"""A Chrome trace of a few steps."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger("vit_dist")
+
+WARM_UP = 5  # steps: compilation, allocations
+
+
+class Profile(TrainerCallback):
+    """Every rank: `steps` steps of this attempt, from the sixth on, in `<folder>/rank<N>.json.gz`."""
+
+    def __init__(self, folder: Path, steps: int, rank: int) -> None:
+        self.path, self.steps = folder / f"rank{rank}.json.gz", steps
+        self._done = 0
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._done += 1
+        if self._done == WARM_UP:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        if self._done == WARM_UP + self.steps:
+            self._write()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._profiler is not None:
+            self._write()
+        elif self._done < WARM_UP:
+            logger.warning(f"no profile: it begins after {WARM_UP} steps, and there were {self._done}")
+
+    def _write(self) -> None:
+        profiler, self._profiler = self._profiler, None
+        assert profiler is not None
+        profiler.stop()
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self.path))
+            logger.info(f"profile of {min(self._done - WARM_UP, self.steps)} steps: {self.path} (ui.perfetto.dev)")
+        except (OSError, RuntimeError) as error:
+            logger.warning(f"the profile cannot be written to {self.path} ({error}); training goes on")

@@ -1,0 +1,105 @@
+"""How fast training is and what it waits for, in every row of its log; one line of advice where something starves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vit_dist.clock import Clock
+
+logger = logging.getLogger("vit_dist")
+
+RATE, MFU = "images_per_second", "mfu"
+WAITS = ("data_wait", "communication_wait", "checkpoint_wait")
+KEYS = (RATE, MFU, *WAITS)  # of a row; they differ from attempt to attempt
+STARVING = {"data_wait": 0.2, "communication_wait": 0.25, "checkpoint_wait": 0.1}  # shares worth a word
+ENOUGH = 20  # steps after which a word is said
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the share of the peak is reckoned from."""
+
+    images: int  # in all, on all devices
+    devices: int = 1
+    flop: float | None = None  # of one image
+    peak: float | None = None  # FLOP/s of one device
+
+
+class Speed(TrainerCallback):
+    """Rank 0, before all callbacks that show rows. To a row with a loss it adds, for the steps since the last one:
+
+    `images_per_second`, evaluations not counted; `mfu`, the share of the matrix products' peak (PaLM, Chowdhery et al.
+    2022, appendix B: operations of forward and backward, nothing counted twice), if the peak is known; `data_wait`,
+    `checkpoint_wait` and, under DDP, `communication_wait`: shares of the time in which this rank's device waits.
+
+    Communication is what PyTorch measures in one step of a hundred: time of the all-reduces that the backward does not
+    cover, waiting for slower ranks included (c10d/logger.hpp). The first step, which compiles, is left out.
+    """
+
+    def __init__(self, clock: Clock, step: Step, loading: str, wrapped: Callable[[], Any]) -> None:
+        """`loading`: what to do if data comes too late; `wrapped` gives the model as training wraps it."""
+        self.clock, self.step, self.loading, self.wrapped = clock, step, loading, wrapped
+        self._steps = self._since_start = 0
+        self._told: set[str] = set()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        self._since_start += 1
+        if self._since_start == 1:
+            self._steps = 0
+            self.clock.read()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "loss" not in logs or not self._steps:
+            return
+        seconds, waited = self.clock.read()
+        logs[RATE] = round(self._steps * self.step.images / seconds, 1)
+        if self.step.flop and self.step.peak:
+            logs[MFU] = round(logs[RATE] * self.step.flop / (self.step.peak * self.step.devices), 4)
+        logs["data_wait"] = round(waited["data"] / seconds, 4)
+        if isinstance(model := self.wrapped(), DistributedDataParallel):
+            logs["communication_wait"] = round(min(1.0, _exposed(model) * self._steps / seconds), 4)
+        logs["checkpoint_wait"] = round(waited["checkpoint"] / seconds, 4)
+        self._steps = 0
+        if self._since_start >= ENOUGH:
+            self._advise(logs)
+
+    def _advise(self, logs: dict[str, Any]) -> None:
+        for key, share in STARVING.items():
+            if logs.get(key, 0.0) > share and key not in self._told:
+                self._told.add(key)
+                logger.info(f"{logs[key]:.0%} of the time {self._advice(key)}")
+
+    def _advice(self, key: str) -> str:
+        if key == "data_wait":
+            return f"goes into waiting for data: {self.loading}"
+        if key == "communication_wait":
+            return (
+                "goes into averaging gradients: more images per step and device (--per_device_train_batch_size, "
+                "--gradient_accumulation_steps), or --ddp_bf16_all_reduce on GPUs"
+            )
+        return "goes into checkpoints: save less often (--save_steps), or into a faster folder"
+
+
+def data_advice(workers: int, cores: int) -> str:
+    """What to do about batches that come too late, with this many data loading processes and cores."""
+    if not workers:
+        return "--dataloader_num_workers 1 or more makes batches beside the steps, or --image_source resident or stream"
+    if workers < cores - 1:
+        return f"more --dataloader_num_workers than {workers}, there are {cores} cores"
+    return "smaller image files, --image_source resident where all have one size, or more cores"
+
+
+def _exposed(ddp: DistributedDataParallel) -> float:
+    """Seconds of a step's all-reduces that the backward does not cover, on average so far."""
+    found: Any = ddp._get_ddp_logging_data()  # what there is of it in public; tests/test_speed.py reads it
+    spent = found.get("avg_backward_comm_time", 0) - found.get("avg_backward_compute_comm_overlap_time", 0)
+    return max(0, spent) / 1e9
