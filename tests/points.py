@@ -98,14 +98,15 @@ def witness(rank: int) -> None:
 
         trainer.ExactTrainer.training_step = poisoned  # type: ignore[method-assign]
     if losses := os.environ.get("FAKE_LOSS"):  # by step, so that a test says which model is the best
-        metrics = trainer.ExactTrainer._metrics_of_every_image
+        loop = trainer.ExactTrainer.evaluation_loop
         by_step = {int(step): value for step, value in json.loads(losses).items()}
 
-        def faked(self: Any, prediction: Any) -> Any:
-            found = metrics(self, prediction)
-            return {**found, "loss": by_step.get(self.state.global_step, found["loss"])}
+        def faked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output, key = loop(self, *args, **kwargs), f"{kwargs['metric_key_prefix']}_loss"
+            output.metrics[key] = by_step.get(self.state.global_step, output.metrics[key])
+            return output
 
-        trainer.ExactTrainer._metrics_of_every_image = faked  # type: ignore[method-assign]
+        trainer.ExactTrainer.evaluation_loop = faked  # type: ignore[method-assign]
     if path := os.environ.get("RECORD_DECODED"):
         items = dataset.ImageDataset.__getitems__
 

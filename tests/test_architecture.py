@@ -60,7 +60,8 @@ ALLOWED: dict[str, set[str]] = {
         "config", "data.dataset", "data.decode", "data.source", "data.split", "data.transforms", "data.verify",
     },
     "model": {"errors", "options"},
-    "metrics.__init__": {"bundle", "errors"},
+    "metrics.__init__": {"bundle", "errors", "metrics.outcomes"},
+    "metrics.outcomes": set(),
     "callbacks.__init__": set(),
     "callbacks.reproducible": {"data.sampler"},
     "callbacks.metrics_file": {"files"},
@@ -92,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "trainer": {
         "checkpoint.writer", "clock", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.pixels",
-        "data.sampler", "metrics.__init__", "callbacks.reproducible", "resumable", "stop",
+        "data.sampler", "metrics.__init__", "metrics.outcomes", "callbacks.reproducible", "resumable", "stop",
     },
     "run.run_folder": {"checkpoint.store", "console", "errors", "files", "run.owner", "redact"},
     "run.attempts": {

@@ -40,6 +40,9 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
     model = build_model(config.model, data.classes, data.input_size, seed=0).model
     metrics = ClassificationMetrics(data.classes)
     trainer = build_trainer(config, args, data, model, metrics, CheckpointWriter(config, Channel(), rank))
+    gathers: list[int] = []
+    gather = trainer.accelerator.gather
+    trainer.accelerator.gather = lambda rows: gathers.append(len(rows)) or gather(rows)  # type: ignore[method-assign, func-returns-value]
     for batch in (4, 1):
         args.per_device_eval_batch_size = batch
         for size in SIZES:
@@ -48,7 +51,9 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
             )
             logits, numbers = predict(trainer, part, metrics, "eval")
             assert len(logits) == size
+            gathers.clear()
             numbers["in_training"] = trainer.evaluate(part)["eval_loss"]
+            numbers["gathers"] = len(gathers)
             found[f"{batch}/{size}"] = numbers
     if rank == 0:
         Path(out, f"{world_size}.json").write_text(json.dumps(found))
@@ -71,6 +76,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(found: Any, world_size
     for key in KEYS:
         assert other[f"eval_{key}"] == pytest.approx(one[f"eval_{key}"], abs=1e-6), key
     assert other["eval_samples"] == size
+    assert other["gathers"] == 1, "nothing is gathered before the end, and no logits"
     assert other["in_training"] == pytest.approx(one["eval_loss"], abs=1e-6)
 
 

@@ -25,7 +25,7 @@ from conftest import CONFIGS, command, losses, results, rows, run, write_photos
 from lab import Job
 from lab import Lab as Forks
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, EvalPrediction, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from vit_dist.checkpoint.load import layout, obstacle
 from vit_dist.checkpoint.store import checkpoints, damage
@@ -33,6 +33,7 @@ from vit_dist.config import load_config
 from vit_dist.cost import memory
 from vit_dist.data.pipeline import build_data
 from vit_dist.metrics import ClassificationMetrics
+from vit_dist.metrics.outcomes import judge
 from vit_dist.strategy import mark_blocks
 
 TESTS = Path(__file__).parent
@@ -172,7 +173,7 @@ def test_a_plain_process_loads_the_export_and_gets_the_same_metrics(lab: Lab, st
         with torch.no_grad():
             logits = model(torch.stack([item["pixel_values"] for item in items])).logits.numpy()
         labels = np.asarray([item["labels"] for item in items])
-        own = ClassificationMetrics(data.classes)(EvalPrediction(predictions=logits, label_ids=labels))
+        own = ClassificationMetrics(data.classes)(judge(logits, labels))
         for key, value in own.items():
             assert results(folder)[f"{name}_{key}"] == pytest.approx(value, abs=1e-6), key
 

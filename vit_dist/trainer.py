@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
-    EvalPrediction,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from vit_dist import stop
 from vit_dist.callbacks.reproducible import LastStep, StepSeeds
@@ -36,6 +36,7 @@ from vit_dist.data.sampler import GlobalBatchSampler
 from vit_dist.distributed import any_rank, gather
 from vit_dist.errors import UserError
 from vit_dist.metrics import ClassificationMetrics
+from vit_dist.metrics.outcomes import Outcomes, judge, judged
 from vit_dist.resumable import ResumableTrainer
 
 
@@ -72,7 +73,7 @@ def build_trainer(
         eval_dataset=data.validation,
         processing_class=data.processor,
         data_collator=collate,
-        compute_metrics=metrics,
+        metrics=metrics,
         callbacks=[StepSeeds(batches), LastStep(), *_early_stopping(config)],
         bf16_all_reduce=config.scaling.ddp_bf16_all_reduce,
         writer=writer,
@@ -98,8 +99,7 @@ def _early_stopping(config: Config) -> list[TrainerCallback]:
 
 def require_metric(name: str | None, metrics: ClassificationMetrics) -> None:
     """Raise UserError now, not after the first epoch, if the metric that chooses the best model is not computed."""
-    num_classes = len(metrics.classes)
-    computed = metrics(EvalPrediction(np.zeros((1, num_classes), np.float32), np.zeros(1, np.int64)))
+    computed = metrics(judge(torch.zeros(1, len(metrics.classes)), torch.zeros(1, dtype=torch.int64)))
     if name is not None and name.removeprefix("eval_") not in computed:
         raise UserError(
             f"metric_for_best_model={name} is not computed; --metrics adds to {', '.join(sorted(computed))}"
@@ -119,16 +119,14 @@ class ExactTrainer(ResumableTrainer):
         self,
         *,
         batches: GlobalBatchSampler,
+        metrics: ClassificationMetrics,
         bf16_all_reduce: bool = False,
         pixels: Pixels | None = None,
         static_shapes: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.batches, self.pixels, self.static_shapes = batches, pixels, static_shapes
-        self._compute_metrics = kwargs.pop("compute_metrics")
-        super().__init__(
-            compute_metrics=self._metrics_of_every_image, steps_per_epoch=batches.steps_per_epoch, **kwargs
-        )
+        self.batches, self.metrics, self.pixels, self.static_shapes = batches, metrics, pixels, static_shapes
+        super().__init__(steps_per_epoch=batches.steps_per_epoch, **kwargs)
         # The loss is the mean over the micro-batch, and all micro-batches have the same size: upstream then divides
         # by the accumulation and needs no count of labels over all ranks, which costs a collective per step.
         self.model_accepts_loss_kwargs = False
@@ -139,6 +137,8 @@ class ExactTrainer(ResumableTrainer):
         if bf16_all_reduce:
             ddp.comm_hook = DDPCommunicationHookType.BF16
         self._last_index = torch.empty(0, dtype=torch.int64)  # the images of the last micro-batch
+        self._outcomes: list[torch.Tensor] = []  # of an evaluation at hand, see `evaluation_loop`
+        self._logits: list[torch.Tensor] | None = None
         # Since the last look at them: (step, index, loss) of each image, (step, norm) of each gradient.
         self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._norms: list[tuple[int, torch.Tensor]] = []
@@ -274,10 +274,36 @@ class ExactTrainer(ResumableTrainer):
                 "these images, or use bf16 instead of fp16"
             )
 
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As upstream, but each rank keeps what it finds on its device until the end, and then one gather makes it
+        whole: upstream's gathers logits, and makes the host wait, after every batch (all ranks participate).
+
+        Logits are only kept for a prediction.
+        """
+        self._outcomes, self._logits = [], [] if description == "Prediction" else None
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        found, images = self._of_all_ranks(self._outcomes), len(dataloader.dataset)  # type: ignore[arg-type]
+        outcomes = Outcomes.of(found, images)
+        if bad := int(np.count_nonzero(~np.isfinite(outcomes.losses))):
+            raise UserError(f"the model's outputs are NaN or infinite for {bad} of {images} evaluated images")
+        logits = None
+        if self._logits:
+            logits = self._of_all_ranks(self._logits)
+            logits = logits[np.unique(found[:, 0], return_index=True)[1]]
+        prefix = kwargs["metric_key_prefix"]
+        metrics = {f"{prefix}_{name}": value for name, value in self.metrics(outcomes).items()}
+        self._outcomes, self._logits = [], None
+        metrics = {**(output.metrics or {}), **metrics}
+        return EvalLoopOutput(cast(np.ndarray, logits), outcomes.labels, metrics, images)
+
+    def _of_all_ranks(self, parts: list[torch.Tensor]) -> np.ndarray:
+        """Rows of all ranks (all participate), each of which has as many."""
+        return self.accelerator.gather(torch.cat(parts)).cpu().numpy()
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
-        """Logits and (labels, index); no loss, which upstream would average with padding duplicates counted."""
+        """Nothing for upstream to gather: see `evaluation_loop`."""
         if self.is_in_train or self.writer.committed == self.state.global_step:  # else the last steps would be lost
             self.stop_if_asked()
         count = len(inputs["labels"])
@@ -287,18 +313,11 @@ class ExactTrainer(ResumableTrainer):
         inputs = self._prepare_inputs(inputs)
         labels, index = inputs.pop("labels"), inputs.pop("index")
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-        return None, logits[:count].float(), (labels[:count], index[:count])
-
-    def _metrics_of_every_image(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics over the whole split; RuntimeError unless every image is there exactly once, in order."""
-        labels, index = prediction.label_ids  # type: ignore[misc]
-        if not np.array_equal(index, np.arange(len(index))):
-            raise RuntimeError(f"evaluation did not see every image once: {len(index)} rows, {len(set(index))} images")
-        bad = np.flatnonzero(~np.isfinite(prediction.predictions).all(axis=1))
-        if len(bad):
-            raise UserError(f"the model's outputs are NaN or infinite for {len(bad)} of {len(index)} evaluated images")
-        return self._compute_metrics(EvalPrediction(predictions=prediction.predictions, label_ids=labels))
+            logits = model(**inputs).logits[:count].float()
+        self._outcomes.append(judged(logits, labels[:count], index[:count]))
+        if self._logits is not None:
+            self._logits.append(logits)
+        return None, None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """None counted: upstream's estimate takes each pixel for a token, and walks all parameters at every step."""

@@ -16,20 +16,20 @@ from typing import Any
 
 import evaluate
 import numpy as np
-from transformers import EvalPrediction
 
 from vit_dist import bundle
 from vit_dist.errors import UserError
+from vit_dist.metrics.outcomes import Outcomes
 
 logger = logging.getLogger("vit_dist")
 
 MODULES = Path(__file__).parent / "modules"
-SHIPPED = ("accuracy", "top_k_accuracy", "f1", "balanced_accuracy", "cross_entropy", "per_class")
+SHIPPED = ("accuracy", "f1", "balanced_accuracy", "per_class")
 HUB_TIMEOUT = 15.0  # seconds; without a deadline an unreachable hub takes minutes to give up on
 
 
 class ClassificationMetrics:
-    """Metrics of single-label classification over a whole split; a `compute_metrics` for `transformers.Trainer`.
+    """Metrics of single-label classification over a whole split.
 
     `classes` are the names of the C classes in id order. `extra` names further `evaluate` metrics, each by hub
     name or by path; they get the predicted and the true class ids, and `average="macro"` where they take an
@@ -45,44 +45,27 @@ class ClassificationMetrics:
         self._dropped: set[str] = set()
         self._try_extras()
 
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+    def __call__(self, outcomes: Outcomes) -> dict[str, float]:
         """Scalars: accuracy, top5_accuracy, f1_macro, balanced_accuracy, loss, samples and the extras'.
 
-        `prediction.predictions` are (N, C) logits, or a tuple that starts with them; `label_ids` are (N,) class
-        ids. `loss` is in nats and exact, whatever the batches were; `samples` is N.
+        `loss` is in nats and exact, whatever the batches were; `samples` is the number of images. With fewer than five
+        classes `top5_accuracy` is 1.
         """
-        logits, labels = self._checked(prediction.predictions, prediction.label_ids)
-        ids = {"predictions": logits.argmax(axis=1), "references": labels}
+        ids = {"predictions": outcomes.predicted, "references": outcomes.labels}
         results: dict[str, float] = {}
         for name in ("accuracy", "f1", "balanced_accuracy"):
             results |= self._shipped[name].compute(**ids)
-        results |= self._shipped["top_k_accuracy"].compute(references=labels, logits=logits, k=5)
-        results |= self._shipped["cross_entropy"].compute(references=labels, logits=logits)
-        results["samples"] = len(labels)
+        results["top5_accuracy"] = float(np.mean(outcomes.places < 5))
+        results["loss"] = float(np.mean(outcomes.losses))
+        results["samples"] = len(outcomes.labels)
         for name in self._extra:
             results |= self._compute_extra(name, ids, taken=results)
         return results
 
-    def per_class(self, logits: Any, labels: Any) -> list[dict[str, Any]]:
+    def per_class(self, predicted: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
         """One entry per class, in id order: class, precision, recall, f1, support (its number of samples)."""
-        logits, labels = self._checked(logits, labels)
-        result = self._shipped["per_class"].compute(
-            predictions=logits.argmax(axis=1), references=labels, classes=self.classes
-        )
+        result = self._shipped["per_class"].compute(predictions=predicted, references=labels, classes=self.classes)
         return [{"class": name, **values} for name, values in result["per_class"].items()]
-
-    def _checked(self, logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-        logits = np.asarray(logits[0] if isinstance(logits, (tuple, list)) else logits)
-        labels = np.asarray(labels)
-        if logits.ndim != 2 or logits.shape[1] != len(self.classes) or labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"expected logits (N, {len(self.classes)}) and labels (N,), got {logits.shape} and {labels.shape}"
-            )
-        if not len(labels):
-            raise ValueError("there are no samples to evaluate")
-        if labels.min() < 0 or labels.max() >= len(self.classes):
-            raise ValueError(f"labels must be in 0..{len(self.classes) - 1}, got {labels.min()}..{labels.max()}")
-        return logits, labels.astype(np.int64)
 
     def _compute_extra(self, name: str, ids: dict[str, np.ndarray], taken: dict[str, float]) -> dict[str, float]:
         metric = self._extra[name]

@@ -140,7 +140,7 @@ def predict(
     if numbers[f"{prefix}_samples"] != len(dataset):
         raise RuntimeError(f"{prefix}: {numbers[f'{prefix}_samples']} of {len(dataset)} images were evaluated")
     logits = np.asarray(output.predictions)
-    rows = metrics.per_class(logits, np.asarray(dataset.table["label"]))
+    rows = metrics.per_class(logits.argmax(axis=1), np.asarray(output.label_ids))
     numbers[f"{prefix}_per_class"] = {row.pop("class"): row for row in rows}
     return logits, numbers
 
