@@ -164,7 +164,7 @@ def test_what_is_faster_over_a_slow_link_is_said(
     flags = ["--data", photos, "--model", model, "--per_device_train_batch_size", 1, "--gpus", 8, "--nodes", 2]
     found = planned(capsys, *flags, "--gpu", "h100", "--bf16", "--link", 10, "--node_link", 450, "--bench", bench)
     assert found["strategy"] == "ddp" and "over this link hsdp reaches" in found["why"]
-    assert found["why"].endswith("half as much is sent with --ddp_bf16_all_reduce")
+    assert found["why"].endswith("; --ddp_bf16_all_reduce halves what it sends")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,8 @@ def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
         (["--gpus", 0], "--gpus 0: give at least 1"),
         (["--gpu_memory", "nan"], "--gpu_memory nan: give a number of GB"),
         (["--link", "rope"], "--link rope: give GB/s, or one of nvlink"),
-        (["--node_link", "-1"], "--node_link -1: give GB/s, or one of nvlink"),
+        (["--gpus", 2, "--node_link", "nvlink"], "--node_link nvlink: there is one node; give --link"),
+        (["--nodes", 2, "--node_link", "-1"], "--node_link -1: give GB/s, or one of nvlink"),
         (["--images_per_second", "-5"], "--images_per_second -5.0: give a number above 0"),
         (["--lr_scheduler_kwargs", '{"x": 1}'], "lr_scheduler_type="),
         (["--metric_for_best_model", "beauty"], "metric_for_best_model=beauty is not computed"),

@@ -45,6 +45,8 @@ def read_machines(asked: argparse.Namespace) -> Machines:
         raise UserError(f"--gpu_memory {memory:g}: give a number of GB above 0")
     if asked.images_per_second is not None and not 0 < asked.images_per_second < math.inf:
         raise UserError(f"--images_per_second {asked.images_per_second}: give a number above 0")
+    if asked.node_link is not None and asked.nodes == 1:
+        raise UserError(f"--node_link {asked.node_link}: there is one node; give --link")
     replicas, processes = asked.replicas or asked.nodes, asked.nodes * asked.gpus
     if not 1 <= replicas <= processes or processes % replicas:
         raise UserError(f"--replicas {replicas}: {processes} GPUs cannot be shared by as many; give a divisor")

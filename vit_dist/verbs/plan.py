@@ -170,7 +170,7 @@ def _memory(
             "checkpoint": memory.checkpoint_bytes(name, tensors, precision=precision, optim=optim),
         }
     chosen, why = _choose(asked, table, machines)
-    why += _compared(chosen, table)
+    why += _compared(chosen, table, config.scaling.ddp_bf16_all_reduce)
     kept = config.training["save_total_limit"]
     return {
         "strategy": chosen,
@@ -201,8 +201,11 @@ def _efficiency(
     return dict(zip(("low", "high"), scaling.bounds(step, sends, link), strict=True))
 
 
-def _compared(chosen: str, table: dict[str, dict[str, Any]]) -> str:
-    """What sharding is predicted to cost where it is not needed, or what it gains all the same."""
+def _compared(chosen: str, table: dict[str, dict[str, Any]], halved: bool) -> str:
+    """What sharding is predicted to cost where it is not needed, or what it gains all the same.
+
+    `halved`: DDP sends bfloat16.
+    """
     ranges = {name: row["efficiency"] for name, row in table.items() if row["efficiency"] and row["fits"]}
     if "ddp" not in ranges or len(ranges) < 2:
         return ""
@@ -210,7 +213,8 @@ def _compared(chosen: str, table: dict[str, dict[str, Any]]) -> str:
     fastest = max(ranges, key=lambda name: ranges[name]["low"])
     if chosen == "ddp" and ranges[fastest]["low"] > ddp["high"]:
         found = f"{fastest} reaches {percent(ranges[fastest])} where ddp reaches {percent(ddp)}"
-        return f"; but over this link {found}, and half as much is sent with --ddp_bf16_all_reduce"
+        hint = "" if halved else "; --ddp_bf16_all_reduce halves what it sends"
+        return f"; but over this link {found}{hint}"
     other = "fsdp2" if chosen == "ddp" else chosen
     if other not in ranges or ranges[other]["low"] >= ddp["low"] or percent(ranges[other]) == percent(ddp):
         return ""

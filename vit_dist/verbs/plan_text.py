@@ -28,7 +28,7 @@ def render(plan: dict[str, Any]) -> list[str]:
     if rate["curve"]:
         lines.append(("", "  ".join(f"{step:,}: {value:.1e}" for step, value in rate["curve"].items())))
     lines.append(("strategy", f"{plan['strategy']}: {plan['why']}"))
-    if machines["link"] and (sent := plan["strategies"][plan["strategy"]]["traffic"]):
+    if machines["link"] and not plan["bench"] and (sent := plan["strategies"][plan["strategy"]]["traffic"]):
         wait = f"{sent / machines['link'] * 1e3:,.1f} ms at {machines['link'] / 1e9:g} GB/s, less what overlaps"
         lines.append(("", f"a step sends {sent / 1e9:.2f} GB from each GPU: {wait} with the backward"))
     lines.append(("memory", "on one GPU, in GB; traffic in GB that a GPU sends per step"))
