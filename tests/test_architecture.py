@@ -86,6 +86,8 @@ ALLOWED: dict[str, set[str]] = {
     "run.owner": {"checkpoint.store", "errors"},
     "strategy": {"blocks", "errors"},
     "cost.memory": {"errors", "strategy"},
+    "cost.measured": {"errors"},
+    "cost.scaling": set(),
     "arguments": {"batch", "config", "distributed", "errors", "strategy"},
     "resumable": {
         "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "clock", "distributed",
@@ -131,9 +133,12 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "files", "strategy", "trainer",
     },
     "verbs.plan": {
-        "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "cost.memory",
-        "metrics.__init__", "model", "run.run_folder", "schedule", "strategy", "trainer", "verbs.parser",
+        "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "cost.flops",
+        "cost.measured", "cost.memory", "cost.scaling", "metrics.__init__", "model", "run.run_folder", "schedule",
+        "strategy", "trainer", "verbs.machines", "verbs.parser", "verbs.plan_text",
     },
+    "verbs.machines": {"errors"},
+    "verbs.plan_text": {"batch"},
     "verbs.sweep": {"config", "console", "errors", "run.run_folder", "settings_file", "train", "verbs.parser"},
     "verbs.slurm": {"config", "console", "errors", "verbs.preflight", "verbs.sweep", "verbs.parser"},
     "verbs.fetch": {

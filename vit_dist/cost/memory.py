@@ -33,6 +33,7 @@ class Tensors:
     trained: tuple[tuple[int, ...], ...]  # shapes
     frozen: tuple[tuple[int, ...], ...]
     largest_block: int  # elements that are gathered together
+    groups: int = 1  # what is gathered one by one: the blocks, and the rest together
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Tensors:
@@ -40,13 +41,17 @@ class Tensors:
         for parameter in model.parameters():
             shapes[parameter.requires_grad].append(tuple(parameter.shape))
         names = model._no_split_modules or ()
-        blocks = [module for module in model.modules() if type(module).__name__ in names] or [model]
-        largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-        return cls(tuple(shapes[True]), tuple(shapes[False]), largest)
+        blocks = [module for module in model.modules() if type(module).__name__ in names]
+        largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks or [model])
+        return cls(tuple(shapes[True]), tuple(shapes[False]), largest, len(blocks) + 1)
 
     @property
     def parameters(self) -> int:
         return sum(map(math.prod, self.trained + self.frozen))
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(map(math.prod, self.trained))
 
 
 @dataclass(frozen=True)
@@ -106,22 +111,6 @@ def checkpoint_bytes(strategy: str, tensors: Tensors, *, precision: str, optim: 
         # model.safetensors; the engine's own copy of the weights; master weights and moments
         return int(2 * size * whole + FP32 * (slots + 1) * trained)
     return int(FP32 * (whole + slots * trained))
-
-
-def traffic(strategy: str, tensors: Tensors, *, shards: int, world_size: int, precision: str) -> int:
-    """Bytes that a device sends in a step, by ring algorithms: 2(n-1)/n for a sum, (n-1)/n to gather or to scatter."""
-    size = FP32 if precision == "fp32" else 2
-    weights, gradients = _whole(tensors.trained + tensors.frozen), _whole(tensors.trained)
-    ring, shard_ring = (world_size - 1) / world_size, (shards - 1) / shards
-    if strategy in ("single", "ddp"):
-        return int(2 * ring * FP32 * gradients)
-    if strategy in ("zero1", "zero2"):
-        return int(ring * size * (gradients + weights))
-    if strategy == "hsdp":
-        replicas = world_size // shards
-        across = 2 * (replicas - 1) / replicas * FP32 * gradients / shards
-        return int(shard_ring * (2 * size * weights + FP32 * gradients) + across)
-    return int(shard_ring * (2 * size * weights + (size if strategy.startswith("zero") else FP32) * gradients))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 vit-dist plan configs/recipes/cifar10.yaml --gpus 8 --nodes 2 --gpu h100
 vit-dist plan --data ~/photos --gpus 4 --gpu_memory 24 --strategy zero2 --json
+vit-dist plan cifar10 --bf16 --gpus 8 --nodes 2 --gpu h100 --bench bench.json --link 40    # how well it would scale
 """
 
 from __future__ import annotations
@@ -12,47 +13,23 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from vit_dist import bundle, console
 from vit_dist.batch import Batch, scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
+from vit_dist.cost import measured, scaling
 from vit_dist.errors import UserError
 from vit_dist.run import run_folder
+from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, possible, read_machines
 from vit_dist.verbs.parser import Parser
+from vit_dist.verbs.plan_text import percent, render
 
-GPU_MEMORY = {  # decimal GB, as they are sold; about 1 % less can be allocated
-    "h200": 141, "h100": 80, "a100": 80, "a100-40": 40, "l40s": 48, "a6000": 48, "a10": 24, "l4": 24, "rtx4090": 24,
-    "rtx3090": 24, "v100": 32, "t4": 16,
-}  # fmt: skip
-LINKS = {  # GB/s that a GPU can send, peak of one direction
-    "nvlink": 450, "nvlink-a100": 300, "pcie4": 32, "pcie5": 64, "ib400": 50, "ib200": 25, "eth100": 12.5, "eth25": 3.1,
-    "eth10": 1.25,
-}  # fmt: skip
+Range = dict[str, float]  # low, high: with nothing overlapped, with all that can be
 USABLE = 0.92  # of the memory: fragmentation takes the rest
-AUTO = (
-    "single",
-    "ddp",
-    "zero1",
-    "zero2",
-    "fsdp2",
-    "zero3_offload",
-)  # the cheapest first; hsdp before fsdp2 on several nodes
-
-
-@dataclass(frozen=True)
-class Machines:
-    nodes: int
-    gpus: int  # on each node
-    gpu: str | None
-    memory: float | None  # bytes of one GPU
-    replicas: int  # of the sharded model, with hsdp
-    link: float | None  # bytes per second that a GPU sends to the others, over the slowest link between them
-
-    @property
-    def processes(self) -> int:
-        return self.nodes * self.gpus
+# The cheapest first; hsdp before fsdp2 on several nodes.
+AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         asked, rest = parser.parse_known_args(argv)
-        plan = make(load_config(rest), _machines(asked), asked)
+        _seconds(asked.time_limit)
+        plan = make(load_config(rest), read_machines(asked), asked)
     except UserError as error:
         console.show_error(f"error: {error}")
         return 2
@@ -85,8 +63,15 @@ def _parser() -> Parser:
     parser.add_argument("--gpu_memory", type=float, help="memory of one GPU in GB, for a GPU that is not in the list")
     parser.add_argument(
         "--link",
-        help=f"slowest link between the GPUs, for the time that a step spends sending: {', '.join(LINKS)}, or GB/s",
+        help=f"slowest link of a ring through all GPUs: {', '.join(LINKS)}, or GB/s. Between nodes it is what a node "
+        "sends, all its network cards together. Names are peaks of one link or card; give what an all-reduce of your "
+        "machines reaches (busbw of nccl-tests) if you know it",
     )
+    parser.add_argument("--node_link", help="several nodes: link within one, which hsdp uses (default: as --link)")
+    parser.add_argument(
+        "--bench", metavar="FILE", help="one GPU's step as `vit-dist bench --json FILE` measured it with the same "
+        "recipe: with --link, efficiency and images/s of each strategy, with sending hidden not at all and at best",
+    )  # fmt: skip
     names = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp")
     parser.add_argument("--strategy", default="auto", choices=names, help="auto recommends one (default)")
     parser.add_argument("--replicas", type=int, help="hsdp: copies of the sharded model (default: as many as nodes)")
@@ -96,55 +81,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _machines(asked: argparse.Namespace) -> Machines:
-    for name in ("gpus", "nodes"):
-        if getattr(asked, name) < 1:
-            raise UserError(f"--{name} {getattr(asked, name)}: give at least 1")
-    if asked.gpu is not None and asked.gpu.lower() not in GPU_MEMORY:
-        raise UserError(f"--gpu {asked.gpu}: not in the list ({', '.join(GPU_MEMORY)}); give --gpu_memory in GB")
-    memory = asked.gpu_memory if asked.gpu_memory is not None else GPU_MEMORY.get((asked.gpu or "").lower())
-    if memory is not None and not 0 < memory < math.inf:
-        raise UserError(f"--gpu_memory {memory:g}: give a number of GB above 0")
-    if asked.images_per_second is not None and not 0 < asked.images_per_second < math.inf:
-        raise UserError(f"--images_per_second {asked.images_per_second}: give a number above 0")
-    _seconds(asked.time_limit)
-    replicas, processes = asked.replicas or asked.nodes, asked.nodes * asked.gpus
-    if not 1 <= replicas <= processes or processes % replicas:
-        raise UserError(f"--replicas {replicas}: {processes} GPUs cannot be shared by as many; give a divisor")
-    machines = Machines(
-        asked.nodes, asked.gpus, asked.gpu, None if memory is None else memory * 1e9, replicas, _link(asked.link)
-    )
-    if asked.strategy != "auto" and asked.strategy not in _possible(machines):
-        raise UserError(
-            f"--strategy {asked.strategy} is not for {asked.nodes} x {asked.gpus} GPUs; there are "
-            f"{', '.join(_possible(machines))}" + ("; hsdp needs --replicas 2 or more" if asked.gpus > 3 else "")
-        )
-    return machines
-
-
-def _possible(machines: Machines) -> list[str]:
-    if machines.processes == 1:
-        return ["single", "zero2", "zero3_offload"]
-    hsdp = ["hsdp"] if 1 < machines.replicas < machines.processes else []
-    return ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", *hsdp]
-
-
-def _link(asked: str | None) -> float | None:
-    if asked is None:
-        return None
-    try:
-        speed = LINKS.get(asked.lower()) or float(asked)
-    except ValueError:
-        speed = 0.0
-    if not 0 < speed < math.inf:
-        raise UserError(f"--link {asked}: give GB/s, or one of {', '.join(LINKS)}")
-    return speed * 1e9
-
-
 def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[str, Any]:
     """The plan as plain values (bytes, seconds, images). Reads the data's index and the model's configuration."""
     # Slow to import; a mistake in the command should be told at once.
     from vit_dist.arguments import reporters
+    from vit_dist.cost.flops import count_flops
     from vit_dist.data.pipeline import build_data
     from vit_dist.data.sampler import GlobalBatchSampler
     from vit_dist.metrics import ClassificationMetrics
@@ -153,6 +94,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.trainer import require_metric
 
     bundle.check(config)
+    bench = measured.read(asked.bench) if asked.bench else None
     batch = split_batch(config, machines.processes)
     rate = scaled_learning_rate(config, batch)
     quick = replace(config.data, verify_images=False)
@@ -182,14 +124,22 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
                           "recipe": config.training["learning_rate"], "actual": rate,
                           "schedule": str(config.training["lr_scheduler_type"]), "curve": curve(config, rate, steps)},
     }  # fmt: skip
-    plan |= _memory(config, machines, batch, data.input_size, model, asked.strategy)
-    plan["time"] = _time(config, machines, steps * batch.total, asked)
+    if bench:
+        flops = count_flops(model, data.input_size)
+        bench.check(precision=config.precision, gflop_per_image=flops.training / 1e9, gpu=machines.gpu)
+    plan["bench"] = asdict(bench) if bench else None
+    plan |= _memory(config, machines, batch, data.input_size, model, bench, asked.strategy)
+    plan["time"] = _time(config, machines, steps * batch.total, plan, asked)
     plan["config"] = config.resolved()
     return plan
 
 
-def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: Any, asked: str) -> dict[str, Any]:
-    """`strategies`: bytes on a GPU and traffic of each; `strategy`: the one asked for or recommended, and why."""
+def _memory(
+    config: Config, machines: Machines, batch: Batch, side: int, model: Any, bench: measured.Measured | None, asked: str
+) -> dict[str, Any]:
+    """`strategies`: bytes on a GPU, traffic and efficiency of each; `strategy`: the one asked for or recommended, and
+    why.
+    """
     from vit_dist.cost import memory
     from vit_dist.strategy import mark_blocks
 
@@ -198,22 +148,29 @@ def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: 
     checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
     saved = memory.activations(model, side, precision, checkpointing)
     table: dict[str, dict[str, Any]] = {}
-    for name in _possible(machines):
+    for name in possible(machines):
         shards = {"single": 1, "ddp": 1, "hsdp": machines.processes // machines.replicas}.get(name, machines.processes)
         state = memory.state(
             name, tensors, shards=shards, precision=precision, optim=optim, accumulation=batch.accumulation
         )
         total = state.total + saved.of(batch.per_device) + memory.RESERVE
+        sends = scaling.sends(
+            name, weights=tensors.parameters, trained=tensors.trained_parameters, blocks=tensors.groups,
+            devices=machines.processes, shards=shards, size=4 if precision == "fp32" else 2,
+            ddp_size=2 if config.scaling.ddp_bf16_all_reduce else 4,
+        )  # fmt: skip
         table[name] = {
             **asdict(state),
             "activations": saved.of(batch.per_device),
             "reserve": memory.RESERVE,
             "total": total,
             "fits": None if machines.memory is None else total <= USABLE * machines.memory,
-            "traffic": memory.traffic(name, tensors, shards=shards, world_size=machines.processes, precision=precision),
+            "traffic": scaling.traffic(sends, batch.accumulation),
+            "efficiency": None if name == "zero3_offload" else _efficiency(machines, batch, shards, sends, bench),
             "checkpoint": memory.checkpoint_bytes(name, tensors, precision=precision, optim=optim),
         }
     chosen, why = _choose(asked, table, machines)
+    why += _compared(chosen, table, config.scaling.ddp_bf16_all_reduce)
     kept = config.training["save_total_limit"]
     return {
         "strategy": chosen,
@@ -222,6 +179,47 @@ def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: 
         "fits": table[chosen]["fits"],
         "disk": {"checkpoint": table[chosen]["checkpoint"], "kept": kept, "export": 4 * tensors.parameters},
     }
+
+
+def _efficiency(
+    machines: Machines, batch: Batch, shards: int, sends: list[scaling.Send], bench: measured.Measured | None
+) -> Range | None:
+    """Of all GPUs, against as many alone. Needs a link where there are several GPUs."""
+    if bench is None or (machines.link is None and sends):
+        return None
+
+    def link(send: scaling.Send) -> scaling.Link:
+        # A replica's GPUs stand side by side, and its counterparts in other nodes where there are any.
+        nodes = {"world": machines.nodes, "shards": -(-shards // machines.gpus),
+                 "replicas": min(send.devices, machines.nodes)}[send.ring]  # fmt: skip
+        speed = (machines.node_link if nodes == 1 else None) or machines.link or math.inf
+        if send.ring == "replicas" and nodes > 1:
+            speed /= min(shards, machines.gpus)  # as many rings as a replica has GPUs in a node share its network
+        return scaling.Link(speed, scaling.latency(send.devices, nodes))
+
+    step = scaling.Step.of(batch.per_device / bench.step_images_per_second, batch.accumulation)
+    return dict(zip(("low", "high"), scaling.bounds(step, sends, link), strict=True))
+
+
+def _compared(chosen: str, table: dict[str, dict[str, Any]], halved: bool) -> str:
+    """What sharding is predicted to cost where it is not needed, or what it gains all the same.
+
+    `halved`: DDP sends bfloat16.
+    """
+    ranges = {name: row["efficiency"] for name, row in table.items() if row["efficiency"] and row["fits"]}
+    if "ddp" not in ranges or len(ranges) < 2:
+        return ""
+    ddp = ranges.pop("ddp")
+    fastest = max(ranges, key=lambda name: ranges[name]["low"])
+    if chosen == "ddp" and ranges[fastest]["low"] > ddp["high"]:
+        found = f"{fastest} reaches {percent(ranges[fastest])} where ddp reaches {percent(ddp)}"
+        hint = "" if halved else "; --ddp_bf16_all_reduce halves what it sends"
+        return f"; but over this link {found}{hint}"
+    other = "fsdp2" if chosen == "ddp" else chosen
+    if other not in ranges or ranges[other]["low"] >= ddp["low"] or percent(ranges[other]) == percent(ddp):
+        return ""
+    needless = "" if chosen == "ddp" else "the state fits on each GPU: "  # else the reason has it
+    return f"; {needless}{other} would reach {percent(ranges[other])} where ddp reaches {percent(ddp)}"
 
 
 def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) -> tuple[str, str]:
@@ -247,17 +245,24 @@ def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) ->
 REASONS = {
     "single": "one GPU: nothing to share",
     "ddp": "the whole training state fits on each GPU, and then nothing is faster",
-    "zero1": "sharding the optimizer state is enough, for the traffic of DDP",
-    "zero2": "sharding optimizer state and gradients is enough, for the traffic of DDP",
+    "zero1": "sharding the optimizer state is enough; DeepSpeed waits for all that it sends",
+    "zero2": "sharding optimizer state and gradients is enough; DeepSpeed waits for all that it sends",
     "hsdp": "a node's GPUs hold the state together, and only gradients cross nodes",
     "fsdp2": "weights have to be sharded too; half as much traffic again as DDP",
     "zero3_offload": "the optimizer has to move to the host, which makes each step wait for the CPU",
 }
 
 
-def _time(config: Config, machines: Machines, images: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of training, if a speed was given or an earlier run of this folder measured one on GPUs."""
+def _time(
+    config: Config, machines: Machines, images: int, plan: dict[str, Any], asked: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds of training, if a speed was given, predicted, or measured on GPUs by an earlier run of this folder."""
     rate, source = asked.images_per_second, "--images_per_second"
+    bench, efficiency = plan["bench"], plan["strategies"][plan["strategy"]]["efficiency"]
+    if rate is None and bench and efficiency:
+        # The lower bound, and no more than the batches that come.
+        one = min(efficiency["low"] * bench["step_images_per_second"], bench["train_images_per_second"])
+        rate, source = machines.processes * one, f"predicted from {bench['file']}, nothing overlapped"
     earlier, record = (
         run_folder.read_json(config.output_dir / name) for name in (run_folder.RESULTS, run_folder.RECORD)
     )
@@ -278,60 +283,6 @@ def _seconds(limit: str | None) -> float | None:
         raise UserError(f"--time_limit {limit}: give h:mm:ss, or d-hh:mm:ss")
     days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-def render(plan: dict[str, Any]) -> list[str]:
-    """The plan for people."""
-    machines, batch, steps, rate = plan["machines"], plan["batch"], plan["steps"], plan["learning_rate"]
-    where = f"{machines['nodes']} node{'s' if machines['nodes'] > 1 else ''} x {machines['gpus']} GPU"
-    where += "s" if machines["gpus"] > 1 else ""
-    if machines["memory"]:
-        where += f" of {machines['memory'] / 1e9:g} GB"
-    count = plan["parameters"]
-    lines = [("plan", plan["source"])]
-    lines += [("data" if i == 0 else "", line) for i, line in enumerate(plan["data"])]
-    lines += [
-        ("model", f"{plan['model']}, {count['all']:,} parameters, {count['trained']:,} trained"),
-        ("devices", f"{where}, {plan['precision']}"),
-        ("batch", str(Batch(batch["per_device"], batch["world_size"], batch["accumulation"]))),
-        ("steps", f"{steps['epoch']:,} per epoch, {steps['all']:,} in all, {steps['warmup']:,} of warm-up"),
-        ("rate", rate["description"]),
-    ]  # fmt: skip
-    if rate["curve"]:
-        lines.append(("", "  ".join(f"{step:,}: {value:.1e}" for step, value in rate["curve"].items())))
-    lines.append(("strategy", f"{plan['strategy']}: {plan['why']}"))
-    if machines["link"] and (sent := plan["strategies"][plan["strategy"]]["traffic"]):
-        wait = f"{sent / machines['link'] * 1e3:,.1f} ms at {machines['link'] / 1e9:g} GB/s, less what overlaps"
-        lines.append(("", f"a step sends {sent / 1e9:.2f} GB from each GPU: {wait} with the backward"))
-    lines.append(("memory", "on one GPU, in GB; traffic in GB that a GPU sends per step"))
-    columns = ("parameters", "gradients", "optimizer", "buffers", "activations", "reserve", "total", "traffic")
-    lines.append(("", "".join([f"{'':<15}", *(f"{name:>12}" for name in columns), "  fits"])))
-    for name, row in plan["strategies"].items():
-        mark = "*" if name == plan["strategy"] else " "
-        fits = {None: "?", True: "yes", False: "no"}[row["fits"]]
-        host = f"  ({row['host'] / 1e9:.2f} on the host)" if row["host"] else ""
-        numbers = "".join(f"{row[column] / 1e9:>12.2f}" for column in columns)
-        lines.append(("", f"{mark}{name:<14}{numbers}  {fits}{host}"))
-    disk = plan["disk"]
-    folders = disk["kept"] + 1 if disk["kept"] else None  # the new one is written before an old one goes
-    space = f"{folders * disk['checkpoint'] / 1e9:.2f} GB for {folders}" if folders else "all are kept"
-    lines.append(
-        ("disk", f"{disk['checkpoint'] / 1e9:.2f} GB per checkpoint, {space}; best/ {disk['export'] / 1e9:.2f} GB")
-    )
-    time = plan["time"]
-    if time["seconds"] is not None:
-        limit = time["limit"]
-        judged = "" if limit is None else ", within the limit" if time["seconds"] < limit else ", MORE than the limit"
-        lines.append(("time", f"{_clock(time['seconds'])} of training at {time['images_per_second']:,.0f} images/s "
-                              f"({time['source']}){judged}"))  # fmt: skip
-    else:
-        lines.append(("time", "not known; give --images_per_second, or plan the folder of a finished run"))
-    return [f"{title:<9}{line}" for title, line in lines]
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(math.ceil(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""The plan of `vit-dist plan` for people."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vit_dist.batch import Batch
+
+
+def render(plan: dict[str, Any]) -> list[str]:
+    """The plan for people."""
+    machines, batch, steps, rate = plan["machines"], plan["batch"], plan["steps"], plan["learning_rate"]
+    where = f"{machines['nodes']} node{'s' if machines['nodes'] > 1 else ''} x {machines['gpus']} GPU"
+    where += "s" if machines["gpus"] > 1 else ""
+    if machines["memory"]:
+        where += f" of {machines['memory'] / 1e9:g} GB"
+    count = plan["parameters"]
+    lines = [("plan", plan["source"])]
+    lines += [("data" if i == 0 else "", line) for i, line in enumerate(plan["data"])]
+    lines += [
+        ("model", f"{plan['model']}, {count['all']:,} parameters, {count['trained']:,} trained"),
+        ("devices", f"{where}, {plan['precision']}"),
+        ("batch", str(Batch(batch["per_device"], batch["world_size"], batch["accumulation"]))),
+        ("steps", f"{steps['epoch']:,} per epoch, {steps['all']:,} in all, {steps['warmup']:,} of warm-up"),
+        ("rate", rate["description"]),
+    ]  # fmt: skip
+    if rate["curve"]:
+        lines.append(("", "  ".join(f"{step:,}: {value:.1e}" for step, value in rate["curve"].items())))
+    lines.append(("strategy", f"{plan['strategy']}: {plan['why']}"))
+    if machines["link"] and not plan["bench"] and (sent := plan["strategies"][plan["strategy"]]["traffic"]):
+        wait = f"{sent / machines['link'] * 1e3:,.1f} ms at {machines['link'] / 1e9:g} GB/s, less what overlaps"
+        lines.append(("", f"a step sends {sent / 1e9:.2f} GB from each GPU: {wait} with the backward"))
+    lines.append(("memory", "on one GPU, in GB; traffic in GB that a GPU sends per step"))
+    columns = ("parameters", "gradients", "optimizer", "buffers", "activations", "reserve", "total", "traffic")
+    lines.append(("", "".join([f"{'':<15}", *(f"{name:>12}" for name in columns), "  fits"])))
+    for name, row in plan["strategies"].items():
+        mark = "*" if name == plan["strategy"] else " "
+        fits = {None: "?", True: "yes", False: "no"}[row["fits"]]
+        host = f"  ({row['host'] / 1e9:.2f} on the host)" if row["host"] else ""
+        numbers = "".join(f"{row[column] / 1e9:>12.2f}" for column in columns)
+        lines.append(("", f"{mark}{name:<14}{numbers}  {fits}{host}"))
+    lines += _speed(plan)
+    disk = plan["disk"]
+    folders = disk["kept"] + 1 if disk["kept"] else None  # the new one is written before an old one goes
+    space = f"{folders * disk['checkpoint'] / 1e9:.2f} GB for {folders}" if folders else "all are kept"
+    lines.append(
+        ("disk", f"{disk['checkpoint'] / 1e9:.2f} GB per checkpoint, {space}; best/ {disk['export'] / 1e9:.2f} GB")
+    )
+    time = plan["time"]
+    if time["seconds"] is not None:
+        limit = time["limit"]
+        judged = "" if limit is None else ", within the limit" if time["seconds"] < limit else ", MORE than the limit"
+        lines.append(("time", f"{_clock(time['seconds'])} of training at {time['images_per_second']:,.0f} images/s "
+                              f"({time['source']}){judged}"))  # fmt: skip
+    else:
+        lines.append(
+            ("time", "not known; give --bench and --link, --images_per_second, or plan the folder of a finished run")
+        )
+    return [f"{title:<9}{line}" for title, line in lines]
+
+
+def _speed(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Efficiency and images per second of each strategy, if a step was measured."""
+    bench, machines, batch = plan["bench"], plan["machines"], plan["batch"]
+    if not bench:
+        return []
+    lines = [f"of one {bench['device']}: {bench['step_images_per_second']:,.0f} images/s in {bench['file']}"]
+    if bench["batch"] != batch["per_device"]:
+        lines[0] += f", measured with batch {bench['batch']}; {batch['per_device']} is taken to need as long per image"
+    ranges = {name: row["efficiency"] for name, row in plan["strategies"].items()}
+    if not any(ranges.values()):
+        lines.append(f"{machines['processes']} GPUs: not known; give --link")
+    elif machines["processes"] > 1:
+        links = f"{machines['link'] / 1e9:g} GB/s"
+        if machines["node_link"]:
+            links += f", {machines['node_link'] / 1e9:g} GB/s within a node"
+        lines.append(f"of {machines['processes']} at {links}, with nothing overlapped to all that can be:")
+        most = machines["processes"] * bench["step_images_per_second"]
+        for name, found in ranges.items():
+            mark = "*" if name == plan["strategy"] else " "
+            rates = f"{span(found, most):>24} images/s" if found else "  not known: its steps wait for the host"
+            lines.append(f"{mark}{name:<14}{percent(found) if found else '':>12}{rates}")
+    return [("speed" if i == 0 else "", line) for i, line in enumerate(lines)]
+
+
+def percent(efficiency: dict[str, float]) -> str:
+    return f"{span(efficiency, 100)} %"
+
+
+def span(efficiency: dict[str, float], whole: float) -> str:
+    low, high = (f"{whole * efficiency[name]:,.0f}" for name in ("low", "high"))
+    return low if low == high else f"{low} to {high}"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(math.ceil(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
