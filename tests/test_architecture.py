@@ -105,7 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.summary": {
         "__init__", "run.attempts", "batch", "build", "config", "schedule", "run.trackers",
     },
-    "run.report": {"files", "config", "data.dataset", "data.decode"},
+    "run.report": {"files", "config", "data.dataset"},
     "run.results": {
         "run.attempts", "config", "console", "distributed", "data.dataset", "data.pipeline", "data.pixels", "errors",
         "run.failure", "files", "metrics.__init__", "run.report", "run.run_folder", "stop", "run.trackers", "trainer",

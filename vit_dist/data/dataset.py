@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 
-from vit_dist.data.decode import BadImage, DecodeRules, decode
+from vit_dist.data.decode import BadImage, DecodeRules, decode_reduced
 from vit_dist.data.transforms import Transform
 
 
@@ -17,7 +19,7 @@ class ImageDataset(torch.utils.data.Dataset):
     """A split (columns `id`, `image`, `label`), decoded and transformed.
 
     Item `key` is row `key % len(self)` as seen in epoch `key // len(self)` (see `GlobalBatchSampler`):
-    `pixel_values` (3, side, side), float32 or, where the transform leaves bytes, uint8; `labels` int, `index` int.
+    `pixel_values` (3, side, side) float32, `labels` int, `index` int.
     """
 
     def __init__(self, table: datasets.Dataset, transform: Transform, rules: DecodeRules) -> None:
@@ -38,26 +40,50 @@ class ImageDataset(torch.utils.data.Dataset):
         """The items of a batch; PyTorch's loader asks for them together, and upstream's processor is slow per call."""
         places = [divmod(key, len(self)) for key in keys]
         rows = self.table[[index for _, index in places]]
-        images = [
-            self._decode(image, row_id, index)
-            for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True)
-        ]
-        pixels = self.transform(images, places)
+        pixels = self._pixels(rows, places)
         return [
             {"pixel_values": values, "labels": label, "index": index}
             for values, label, (_, index) in zip(pixels, rows["label"], places, strict=True)
         ]
 
     def decoded(self, index: int) -> Image.Image:
-        """Row `index` as it is."""
+        """Row `index` before crops and resizing."""
         row = self.table[index]
-        return self._decode(row["image"], row["id"], index)
+        return self._decode(row["image"], row["id"], index)[0]
 
-    def _decode(self, image: Any, row_id: str, index: int) -> Image.Image:
+    def _pixels(self, rows: dict[str, Any], places: list[tuple[int, int]]) -> torch.Tensor:
+        """(n, 3, side, side) of columns `id` and `image`, seen at these (epoch, index)."""
+        images = [
+            self._decode(image, row_id, index)[0]
+            for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True)
+        ]
+        return self.transform(images, places)
+
+    def _decode(
+        self, image: Any, row_id: str, index: int, spare: Callable[[int, int], float] = lambda width, height: 1
+    ) -> tuple[Image.Image, tuple[int, int]]:
         try:
-            return decode(image, self.rules)
+            return decode_reduced(image, self.rules, spare)
         except BadImage as error:
             raise RuntimeError(f"image {row_id} (row {index}) does not decode: {error}") from error
+
+
+class ByteDataset(ImageDataset):
+    """The same with `pixel_values` as uint8, not yet rescaled and normalised. Images are decoded no larger than what is
+    seen of them needs: they differ a little from those of the image processor.
+    """
+
+    def decoded(self, index: int) -> Image.Image:
+        row = self.table[index]
+        side = self.transform.side
+        return self._decode(row["image"], row["id"], index, lambda width, height: min(width, height) / side)[0]
+
+    def _pixels(self, rows: dict[str, Any], places: list[tuple[int, int]]) -> torch.Tensor:
+        squares = []
+        for image, row_id, place in zip(rows["image"], rows["id"], places, strict=True):
+            found, size = self._decode(image, row_id, place[1], partial(self.transform.spare, *place))
+            squares.append(np.asarray(self.transform.square(found, size, *place)))
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
 
 
 def collate(items: list[dict[str, Any]] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

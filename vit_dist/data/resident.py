@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from vit_dist.data.dataset import ImageDataset
+from vit_dist.data.dataset import ByteDataset, ImageDataset
 from vit_dist.data.pipeline import ImageData
 from vit_dist.data.pixels import Pixels, to_tensor
 from vit_dist.errors import UserError
@@ -54,7 +53,10 @@ def place_images(
     if source == "resident":
         raise UserError(f"image_source=resident: {refused}; use auto or stream")
     note = "images streamed as bytes, normalised on the device" + (f" (not resident: {refused})" if refused else "")
-    return _with(data, {split: _as_bytes(dataset) for split, dataset in _splits(data).items()}, note), pixels, False
+    streamed = {
+        split: ByteDataset(dataset.table, dataset.transform, dataset.rules) for split, dataset in _splits(data).items()
+    }
+    return _with(data, streamed, note), pixels, False
 
 
 class ResidentDataset(ImageDataset):
@@ -103,12 +105,6 @@ def _with(data: ImageData, sets: Mapping[str, ImageDataset], note: str) -> Image
     return dataclasses.replace(
         data, train=sets["train"], validation=sets["validation"], test=sets.get("test"), description=description
     )
-
-
-def _as_bytes(dataset: ImageDataset) -> ImageDataset:
-    transform = copy.copy(dataset.transform)
-    transform.to_bytes = True
-    return ImageDataset(dataset.table, transform, dataset.rules)
 
 
 def _refusal(data: ImageData, device: torch.device) -> str:
