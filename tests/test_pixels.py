@@ -66,8 +66,8 @@ def test_all_sources_make_the_same_batches(digits) -> None:
     keys = [60 * 3 + 7, 60 * 3 + 1, 60 * 3 + 59]
     expected = collate(digits.train.__getitems__(keys))
     for source in ("resident", "stream"):
-        placed, pixels, resident = place_images(digits, source, CPU, 0)
-        assert resident == (source == "resident") and isinstance(placed.train, ResidentDataset) == resident
+        placed, pixels, chosen = place_images(digits, source, CPU, 0)
+        assert chosen == source and isinstance(placed.train, ResidentDataset) == (source == "resident")
         assert source in " ".join(placed.description)
         batch = collate(placed.train.__getitems__(keys))
         assert batch["pixel_values"].dtype == torch.uint8
@@ -120,8 +120,8 @@ def test_streamed_photos_are_decoded_no_larger_than_their_crops_need(camera, mon
 
 
 def test_on_a_cpu_the_processor_is_the_default(digits) -> None:
-    placed, pixels, resident = place_images(digits, "auto", CPU, 0)
-    assert placed is digits and pixels is None and not resident
+    placed, pixels, chosen = place_images(digits, "auto", CPU, 0)
+    assert placed is digits and pixels is None and chosen == "processor"
 
 
 def test_what_cannot_be_resident_is_told(photos: Path, digits) -> None:

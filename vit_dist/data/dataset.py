@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,19 +48,23 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def decoded(self, index: int) -> Image.Image:
         """Row `index` before crops and resizing."""
+        return self.reduced(index, lambda width, height: 1)[0]
+
+    def reduced(self, index: int, spare: Callable[[int, int], float]) -> tuple[Image.Image, tuple[int, int]]:
+        """The same as `decode_reduced` has it."""
         row = self.table[index]
-        return self._decode(row["image"], row["id"], index)[0]
+        return self._decode(row["image"], row["id"], index, spare)
 
     def _pixels(self, rows: dict[str, Any], places: list[tuple[int, int]]) -> torch.Tensor:
         """(n, 3, side, side) of columns `id` and `image`, seen at these (epoch, index)."""
         images = [
-            self._decode(image, row_id, index)[0]
+            self._decode(image, row_id, index, lambda width, height: 1)[0]
             for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True)
         ]
         return self.transform(images, places)
 
     def _decode(
-        self, image: Any, row_id: str, index: int, spare: Callable[[int, int], float] = lambda width, height: 1
+        self, image: Any, row_id: str, index: int, spare: Callable[[int, int], float]
     ) -> tuple[Image.Image, tuple[int, int]]:
         try:
             return decode_reduced(image, self.rules, spare)
@@ -74,16 +78,21 @@ class ByteDataset(ImageDataset):
     """
 
     def decoded(self, index: int) -> Image.Image:
-        row = self.table[index]
-        side = self.transform.side
-        return self._decode(row["image"], row["id"], index, lambda width, height: min(width, height) / side)[0]
+        return self.reduced(index, lambda width, height: min(width, height) / self.transform.side)[0]
 
     def _pixels(self, rows: dict[str, Any], places: list[tuple[int, int]]) -> torch.Tensor:
-        squares = []
-        for image, row_id, place in zip(rows["image"], rows["id"], places, strict=True):
-            found, size = self._decode(image, row_id, place[1], partial(self.transform.spare, *place))
-            squares.append(np.asarray(self.transform.square(found, size, *place)))
+        squares = [
+            np.asarray(self.transform.square(image, size, *place))
+            for (image, size), place in zip(self._found(rows, places), places, strict=True)
+        ]
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+
+    def _found(
+        self, rows: dict[str, Any], places: list[tuple[int, int]]
+    ) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+        """Images, which may be reduced, and their sizes before."""
+        for image, row_id, place in zip(rows["image"], rows["id"], places, strict=True):
+            yield self._decode(image, row_id, place[1], partial(self.transform.spare, *place))
 
 
 def collate(items: list[dict[str, Any]] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -113,6 +113,15 @@ def decode_reduced(
         raise BadImage(f"{reason or 'does not decode'} ({type(error).__name__})") from error
 
 
+def stored_size(image: Mapping[str, Any] | bytes | str | os.PathLike[str]) -> tuple[int, int] | None:
+    """(width, height) in pixels by the header, before it is turned upright; None if there is none."""
+    try:
+        with Image.open(io.BytesIO(_read(image)), formats=_formats()) as opened:
+            return opened.size
+    except Exception:  # as above; decoding says what it is
+        return None
+
+
 def _read(image: Mapping[str, Any] | bytes | str | os.PathLike[str] | None) -> bytes:
     path: Any = None
     data: Any = image
