@@ -27,6 +27,7 @@ from vit_dist.data import image_cache
 from vit_dist.data.dataset import collate
 from vit_dist.data.image_cache import CachedDataset, Estimate, about, cache_of, caches, reason_against
 from vit_dist.data.pipeline import ImageData, build_data
+from vit_dist.data.pixels import Pixels
 from vit_dist.data.resident import place_images
 from vit_dist.errors import UserError
 from vit_dist.files import SEAL, seal
@@ -34,7 +35,7 @@ from vit_dist.options import DataOptions, ModelOptions
 from vit_dist.verbs import cache as verb
 
 CPU = torch.device("cpu")
-SIDE, SHORTEST = 32, 37  # of the tiny model's input, and of what is kept
+SIDE, SHORTEST = 32, 36  # of the tiny model's input, and of what is kept
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +276,21 @@ def test_a_sample_tells_what_would_be_kept(camera: Path, tmp_path: Path) -> None
     guess, kept = image_cache.estimate(data.train), about(placed(data, tmp_path).train.folder)
     assert kept is not None and guess.bytes == pytest.approx(kept.bytes, rel=0.02)
     assert guess.pixels == pytest.approx(300 * 416, rel=0.05)
+
+
+def test_on_gpus_it_is_chosen_where_it_pays(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is moved to the device before training; that there is one is made up."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**35))
+    monkeypatch.setattr(Pixels, "to", lambda self, device: self)
+    data = data_of(camera, tmp_path)
+    chosen = {}
+    for epochs in (1, 3):
+        found, _, chosen[epochs] = place_images(
+            data, "auto", torch.device("cuda"), 0, cache_dir=str(tmp_path), epochs=epochs
+        )
+        why = "(not resident: images of several sizes; not cached: no more than one epoch is trained)"
+        assert (why in found.description[-1]) == (epochs == 1)
+    assert chosen == {1: "stream", 3: "cache"}
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,7 @@ def decode_reduced(
 
 def stored_size(image: Mapping[str, Any] | bytes | str | os.PathLike[str]) -> tuple[int, int] | None:
     """(width, height) in pixels by the header, before it is turned upright; None if there is none."""
+    _ignore_pillow_warnings()
     try:
         with Image.open(io.BytesIO(_read(image)), formats=_formats()) as opened:
             return opened.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -94,7 +95,7 @@ def cache_of(dataset: ImageDataset, cache_dir: str | None) -> Path:
 
 def shortest(dataset: ImageDataset) -> int:
     """How long the shorter side of a kept image is at most, in pixels."""
-    return round(MARGIN * dataset.transform.side)
+    return int(MARGIN * dataset.transform.side)
 
 
 def about(folder: Path) -> About | None:
@@ -120,7 +121,8 @@ def cached(
         with locked(folder):
             if about(folder) is None:
                 _build(dataset, folder, data, progress)
-    os.utime(folder / ABOUT)  # last used
+    with contextlib.suppress(OSError):  # somebody else's
+        os.utime(folder / ABOUT)  # last used
     return CachedDataset(dataset, folder)
 
 
