@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import losses
 from lab import ARGS, Lab, fingerprint
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -295,18 +296,27 @@ def test_on_gpus_it_is_chosen_where_it_pays(camera: Path, tmp_path: Path, monkey
 
 @pytest.fixture(scope="module")
 def lab(camera: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """With a run from the cache that nothing happened to, in `whole`."""
     root = tmp_path_factory.mktemp("runs")
-    return Lab(root, ["--data", camera, "--model", checkpoint, *ARGS, "--max_steps", 20, "--cache_dir", root / "cache"])
+    lab = Lab(root, ["--data", camera, "--model", checkpoint, *ARGS, "--max_steps", 20, "--cache_dir", root / "cache"])
+    lab.run(root / "whole", "--image_source", "cache")
+    return lab
 
 
 def test_training_from_it_is_the_same_after_a_stop_and_with_workers(lab: Lab) -> None:
     source = ["--image_source", "cache"]
-    job = lab.run(lab.root / "whole", *source)
-    assert f"images decoded and shrunk to {SHORTEST} pixels once" in job.output
+    assert f"images decoded and shrunk to {SHORTEST} pixels once" in (lab.root / "whole.log").read_text()
     lab.run(lab.root / "stopped", *source, fault="before_optim:0:7:term", expect=stop.EXIT_CODE)
     lab.run(lab.root / "stopped", *source, "--dataloader_num_workers", 2)
     assert fingerprint(lab.root / "stopped") == fingerprint(lab.root / "whole")
     assert json.loads((lab.root / "whole" / "run.json").read_text())["image_source"] == "cache"
+
+
+def test_two_ranks_that_find_no_cache_train_as_one(lab: Lab) -> None:
+    job = lab.run(lab.root / "two", "--image_source", "cache", "--cache_dir", lab.root / "other", processes=2)
+    assert job.output.count(f"images decoded and shrunk to {SHORTEST} pixels once") == 1
+    assert contents(lab.root / "other") == contents(lab.root / "cache")
+    assert losses(lab.root / "two") == pytest.approx(losses(lab.root / "whole"), abs=1e-4)
 
 
 def test_auto_goes_on_with_the_source_that_the_run_began_with(lab: Lab) -> None:
