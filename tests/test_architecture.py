@@ -25,12 +25,15 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.parser": {"errors"},
     "cost.flops": set(),
     "build": {
-        "blocks", "console", "distributed", "strategy", "checkpoint.writer", "config", "data.pipeline", "data.resident",
-        "metrics.__init__", "model", "trainer",
+        "blocks", "console", "distributed", "strategy", "checkpoint.writer", "config", "data.pipeline", "data.pixels",
+        "data.resident", "errors", "metrics.__init__", "model", "trainer",
     },
     "verbs.bench": {"cost.peak",
         "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
         "cost.flops", "run.run_folder", "strategy", "verbs.parser",
+    },
+    "verbs.cache": {
+        "config", "console", "data.image_cache", "data.pipeline", "data.resident", "entry", "errors", "verbs.parser",
     },
     "verbs.preflight": {"run.attempts", "bundle", "verbs.checks", "config", "console", "entry"},
     "distributed": {"errors"},
@@ -54,7 +57,10 @@ ALLOWED: dict[str, set[str]] = {
     "data.dataset": {"data.decode", "data.transforms"},
     "data.hub": {"bundle", "errors", "options", "data.cache"},
     "data.pixels": set(),
-    "data.resident": {"errors", "data.dataset", "data.pipeline", "data.pixels"},
+    "data.image_cache": {"errors", "files", "data.cache", "data.dataset", "data.decode", "data.verify"},
+    "data.resident": {
+        "distributed", "errors", "data.dataset", "data.image_cache", "data.pipeline", "data.pixels",
+    },
     "blocks": {"errors", "data.pixels"},
     "data.pipeline": {"options",
         "config", "data.dataset", "data.decode", "data.source", "data.split", "data.transforms", "data.verify",
@@ -112,7 +118,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.summary": {
         "__init__", "run.attempts", "batch", "build", "config", "schedule", "run.trackers",
     },
-    "run.report": {"files", "config", "data.dataset", "data.decode"},
+    "run.report": {"files", "config", "data.dataset"},
     "run.results": {
         "run.attempts", "config", "console", "distributed", "data.dataset", "data.pipeline", "data.pixels", "errors",
         "run.failure", "files", "metrics.__init__", "run.report", "run.run_folder", "stop", "run.trackers", "trainer",

@@ -17,7 +17,7 @@ import pytest
 from image_fixtures import BLUE, GREEN, RED, encoded, noise, options, png, shared_data
 from PIL import Image, ImageFile
 
-from vit_dist.data.decode import BadImage, DecodeRules, decode
+from vit_dist.data.decode import BadImage, DecodeRules, decode, decode_reduced
 from vit_dist.errors import UserError
 
 RULES = DecodeRules()
@@ -77,6 +77,62 @@ def test_exif_orientation_is_undone(orientation, format):
     assert turned.size == (32, 16)
     corners = [turned.getpixel(point) for point in ((4, 2), (27, 2), (4, 13), (27, 13))]
     assert np.abs(np.array(corners, int) - [RED, GREEN, BLUE, (255, 255, 255)]).max() < 16
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("most", [1, 1.9, 2, 3.9, 4.5, 8, 100])
+def test_jpegs_are_reduced_as_far_as_they_may_be(orientation, most):
+    """`spare` is asked about the upright size; a reduced image is the whole one, resized, within a few levels."""
+    exif, asked = Image.Exif(), []
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)).resize((203, 117), 3)
+    data = encoded(picture, "JPEG", quality=95, subsampling=0, exif=exif)
+    reduced, size = decode_reduced(data, RULES, lambda *size: asked.append(size) or most)
+    assert asked == [size] and size == ((117, 203) if orientation > 4 else (203, 117)) == decode(data, RULES).size
+    by = next(by for by in (8, 4, 2, 1) if by <= most)
+    assert reduced.size == tuple(-(-side // by) for side in size)
+    expected = decode(data, RULES).resize(reduced.size, Image.Resampling.BOX)
+    difference = np.abs(np.asarray(reduced).astype(int) - np.asarray(expected))
+    assert difference.mean() < 10  # sides are rounded up; turned wrongly it is 50
+
+
+def test_only_jpegs_are_reduced_and_sizes_are_judged_before():
+    for data in (encoded(noise(), "PNG"), encoded(noise(), "WEBP"), encoded(noise(), "TIFF", compression="jpeg")):
+        assert decode_reduced(data, RULES, lambda width, height: 8)[0].size == noise().size
+    small = encoded(noise(), "JPEG")
+    assert decode_reduced(small, DecodeRules(min_image_side=12), lambda width, height: 8)[0].size == (2, 2)
+    for rules in (DecodeRules(min_image_side=13), DecodeRules(max_image_pixels=191)):
+        with pytest.raises(BadImage, match="16x12"):
+            decode_reduced(small, rules, lambda width, height: 8)
+
+
+def outcome(data: bytes, by: int) -> str:
+    try:
+        decode_reduced(data, RULES, lambda width, height: by)
+        return "decodes"
+    except BadImage as error:
+        return error.reason
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_is_wrong_with_a_jpeg_is_found_at_an_eighth_as_well(progressive):
+    """Truncated, cut, overwritten in the header or anywhere: the same files are refused, for the same reasons."""
+    picture = noise(size=(24, 18)).resize((240, 180), Image.Resampling.BICUBIC)
+    whole, random = encoded(picture, "JPEG", progressive=progressive), np.random.default_rng(0)
+    found = []
+    for number in range(300):
+        data, place = bytearray(whole), int(random.integers(len(whole)))
+        if number % 3 == 0:
+            del data[place:]
+        elif number % 3 == 1:
+            del data[place : place + 40]
+        else:
+            for byte in random.integers(600 if number % 2 else len(whole), size=3).tolist():
+                data[byte] = int(random.integers(256))
+        if data:
+            found.append(outcome(bytes(data), 8))
+            assert found[-1] == outcome(bytes(data), 1)
+    assert 20 < found.count("decodes") < len(found) - 100 and len(set(found)) > 10
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_all_sources_make_the_same_batches(digits) -> None:
     keys = [60 * 3 + 7, 60 * 3 + 1, 60 * 3 + 59]
     expected = collate(digits.train.__getitems__(keys))
     for source in ("resident", "stream"):
-        placed, pixels, resident = place_images(digits, source, CPU, 0)
-        assert resident == (source == "resident") and isinstance(placed.train, ResidentDataset) == resident
+        placed, pixels, chosen = place_images(digits, source, CPU, 0)
+        assert chosen == source and isinstance(placed.train, ResidentDataset) == (source == "resident")
         assert source in " ".join(placed.description)
         batch = collate(placed.train.__getitems__(keys))
         assert batch["pixel_values"].dtype == torch.uint8
@@ -79,9 +79,49 @@ def test_all_sources_make_the_same_batches(digits) -> None:
         assert torch.equal(alone["pixel_values"], batch["pixel_values"][1])
 
 
+@pytest.fixture(scope="module")
+def camera(tmp_path_factory):
+    """Photos much larger than the model's input of 32 pixels, some upright only by their EXIF data."""
+    root = tmp_path_factory.mktemp("camera")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, image in enumerate(pictures(24, 403, 301)):
+        (root / "ab"[number % 2]).mkdir(exist_ok=True)
+        turned = {"exif": exif} if number % 3 == 0 else {}
+        image.save(root / "ab"[number % 2] / f"{number}.jpg", quality=95, **turned)
+    return build_data(
+        DataOptions(data=str(root)), ModelOptions(model="tiny"), 0, lambda title: lambda done, total: None
+    )
+
+
+def test_streamed_photos_are_decoded_no_larger_than_their_crops_need(camera, monkeypatch) -> None:
+    sizes, square = [], Transform.square
+
+    def noted(self, image, size, *place):
+        sizes.append((image.size, size, self.choose(*place, *size)[0]))
+        return square(self, image, size, *place)
+
+    monkeypatch.setattr(Transform, "square", noted)
+    placed, pixels, _ = place_images(camera, "stream", CPU, 0)
+    for whole, streamed in ((camera.train, placed.train), (camera.validation, placed.validation)):
+        keys = [epoch * len(whole) + index for epoch in range(4) for index in range(len(whole))]
+        expected = collate(whole.__getitems__(keys))
+        batch = collate(streamed.__getitems__(keys))
+        made = pixels(batch["pixel_values"], None, None)
+        difference = ((made - expected["pixel_values"]) / pixels._scale).abs().mean()
+        assert difference < 6, "the same crops: others differ by 50"
+        assert torch.equal(streamed[keys[5]]["pixel_values"], batch["pixel_values"][5])
+    for reduced, size, (left, top, right, bottom) in sizes:
+        by = size[0] / reduced[0]
+        assert min(right - left, bottom - top) / by >= min(32, right - left, bottom - top) * 0.99
+        assert by >= 7.5 or min(right - left, bottom - top) / (2 * round(by)) < 32
+    assert len({round(size[0] / reduced[0]) for reduced, size, _ in sizes}) > 2
+    assert placed.validation.decoded(0).size in ((51, 38), (38, 51))
+
+
 def test_on_a_cpu_the_processor_is_the_default(digits) -> None:
-    placed, pixels, resident = place_images(digits, "auto", CPU, 0)
-    assert placed is digits and pixels is None and not resident
+    placed, pixels, chosen = place_images(digits, "auto", CPU, 0)
+    assert placed is digits and pixels is None and chosen == "processor"
 
 
 def test_what_cannot_be_resident_is_told(photos: Path, digits) -> None:

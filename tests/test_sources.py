@@ -14,6 +14,7 @@ COMPILE = ["--torch_compile_backend", "inductor" if shutil.which("g++") else "ao
 SETTINGS: dict[str, tuple[int, list[Any]]] = {  # processes, flags
     "processor": (1, []),
     "stream": (1, ["--image_source", "stream"]),
+    "cache": (1, ["--image_source", "cache"]),
     "resident": (1, ["--image_source", "resident"]),
     "resident on two": (2, ["--image_source", "resident"]),
     "resident, compiled": (1, ["--image_source", "resident", *COMPILE]),

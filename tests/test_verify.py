@@ -37,8 +37,8 @@ def rows(folder, tmp_path):
 def count(monkeypatch):
     """How many images were decoded."""
     calls = []
-    decode = module.decode
-    monkeypatch.setattr(module, "decode", lambda *args: calls.append(1) or decode(*args))
+    decode = module.decode_reduced
+    monkeypatch.setattr(module, "decode_reduced", lambda *args: calls.append(1) or decode(*args))
     return calls
 
 

@@ -4,6 +4,7 @@ vit-dist train [RECIPE] [--flag value ...]     one process per visible GPU, or o
 vit-dist plan [RECIPE] [--gpus N] [--nodes N]  what a run would do and need there; starts nothing
 vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what training would meet
 vit-dist bench [RECIPE] [--flag value ...]     how fast this machine trains, and what holds it up
+vit-dist cache [RECIPE] [--list]               photos decoded and shrunk once, ahead of training
 vit-dist sweep SWEEP.yaml [--run N]            the members of a sweep and what became of them; trains one
 vit-dist slurm [options of the job] VERB ...   the same as a job of a cluster: VERB is train, doctor or sweep
 vit-dist fetch [RECIPE] [--bundle FOLDER]      what a run takes from the hub, into a folder for machines without network
@@ -25,13 +26,14 @@ VERBS = {
     "plan": "show what a run would do and need on given GPUs; starts nothing, needs no GPU",
     "doctor": "check processes, data, caches, disk and network before a run, without training",
     "bench": "measure how fast one device of this machine trains a recipe, part by part",
+    "cache": "decode and shrink a recipe's images once, ahead of training; list or remove such caches",
     "sweep": "show a sweep's members and what became of them, or train one here",
     "slurm": "check a command on the login node and submit it as a job; --print shows the job",
     "fetch": "bring model, data set and metrics into a folder, for machines without a network",
     "sync": "push what runs without a network kept for Weights & Biases",
 }
 
-ALONE = ("plan", "bench", "slurm", "fetch", "sync")  # in this process, whatever GPUs there are
+ALONE = ("plan", "bench", "cache", "slurm", "fetch", "sync")  # in this process, whatever GPUs there are
 
 # torchrun's options, which it reads from the environment: signals to pass on, and how long it waits for the processes
 # to commit a checkpoint before it kills them (seconds). launch/topology.sh has the same.

@@ -73,7 +73,7 @@ def show_error(message: str) -> None:
     sys.stderr.flush()
 
 
-def progress(what: str) -> Callable[[int, int], None]:
+def progress(what: str, doing: str = "checking images") -> Callable[[int, int], None]:
     """A callback `(done, total)` that prints a line every few seconds.
 
     Whichever rank does the work prints: work like this is done by one process while the others wait.
@@ -85,6 +85,6 @@ def progress(what: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            sys.stdout.write(f"checking images of {what}: {done:,}/{total:,} ({done / (now - begun):,.0f}/s)\n")
+            sys.stdout.write(f"{doing} of {what}: {done:,}/{total:,} ({done / (now - begun):,.0f}/s)\n")
 
     return report

@@ -85,7 +85,7 @@ def fit(
 
     writer = CheckpointWriter(config, distributed.Channel(), args.process_index, attempt.begins_at or None)
     held.callback(writer.close)  # before the lock is let go
-    built = build(config, args, asked, writer)
+    built = build(config, args, asked, writer, attempt.image_source)
     data, trainer = built.data, built.trainer
     weights = sum(parameter.nbytes for parameter in built.model.model.parameters())
     distributed.on_main(lambda: writer.require_room(weights))
@@ -95,7 +95,9 @@ def fit(
 
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     facts = distributed.on_main(
-        lambda: attempts.facts(data.record, built.model.revision, args.world_size, batch.total, asked, device)
+        lambda: attempts.facts(
+            data.record, built.model.revision, args.world_size, batch.total, asked, device, built.image_source
+        )
     )
     if attempt.replaces:
         distributed.on_main(lambda: attempts.move_aside(config, attempt))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 
-from vit_dist.data.decode import BadImage, DecodeRules, decode
+from vit_dist.data.decode import BadImage, DecodeRules, decode_reduced
 from vit_dist.data.transforms import Transform
 
 
@@ -17,7 +19,7 @@ class ImageDataset(torch.utils.data.Dataset):
     """A split (columns `id`, `image`, `label`), decoded and transformed.
 
     Item `key` is row `key % len(self)` as seen in epoch `key // len(self)` (see `GlobalBatchSampler`):
-    `pixel_values` (3, side, side), float32 or, where the transform leaves bytes, uint8; `labels` int, `index` int.
+    `pixel_values` (3, side, side) float32, `labels` int, `index` int.
     """
 
     def __init__(self, table: datasets.Dataset, transform: Transform, rules: DecodeRules) -> None:
@@ -38,26 +40,59 @@ class ImageDataset(torch.utils.data.Dataset):
         """The items of a batch; PyTorch's loader asks for them together, and upstream's processor is slow per call."""
         places = [divmod(key, len(self)) for key in keys]
         rows = self.table[[index for _, index in places]]
-        images = [
-            self._decode(image, row_id, index)
-            for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True)
-        ]
-        pixels = self.transform(images, places)
+        pixels = self._pixels(rows, places)
         return [
             {"pixel_values": values, "labels": label, "index": index}
             for values, label, (_, index) in zip(pixels, rows["label"], places, strict=True)
         ]
 
     def decoded(self, index: int) -> Image.Image:
-        """Row `index` as it is."""
-        row = self.table[index]
-        return self._decode(row["image"], row["id"], index)
+        """Row `index` before crops and resizing."""
+        return self.reduced(index, lambda width, height: 1)[0]
 
-    def _decode(self, image: Any, row_id: str, index: int) -> Image.Image:
+    def reduced(self, index: int, spare: Callable[[int, int], float]) -> tuple[Image.Image, tuple[int, int]]:
+        """The same as `decode_reduced` has it."""
+        row = self.table[index]
+        return self._decode(row["image"], row["id"], index, spare)
+
+    def _pixels(self, rows: dict[str, Any], places: list[tuple[int, int]]) -> torch.Tensor:
+        """(n, 3, side, side) of columns `id` and `image`, seen at these (epoch, index)."""
+        images = [
+            self._decode(image, row_id, index, lambda width, height: 1)[0]
+            for image, row_id, (_, index) in zip(rows["image"], rows["id"], places, strict=True)
+        ]
+        return self.transform(images, places)
+
+    def _decode(
+        self, image: Any, row_id: str, index: int, spare: Callable[[int, int], float]
+    ) -> tuple[Image.Image, tuple[int, int]]:
         try:
-            return decode(image, self.rules)
+            return decode_reduced(image, self.rules, spare)
         except BadImage as error:
             raise RuntimeError(f"image {row_id} (row {index}) does not decode: {error}") from error
+
+
+class ByteDataset(ImageDataset):
+    """The same with `pixel_values` as uint8, not yet rescaled and normalised. Images are decoded no larger than what is
+    seen of them needs: they differ a little from those of the image processor.
+    """
+
+    def decoded(self, index: int) -> Image.Image:
+        return self.reduced(index, lambda width, height: min(width, height) / self.transform.side)[0]
+
+    def _pixels(self, rows: dict[str, Any], places: list[tuple[int, int]]) -> torch.Tensor:
+        squares = [
+            np.asarray(self.transform.square(image, size, *place))
+            for (image, size), place in zip(self._found(rows, places), places, strict=True)
+        ]
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+
+    def _found(
+        self, rows: dict[str, Any], places: list[tuple[int, int]]
+    ) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+        """Images, which may be reduced, and their sizes before."""
+        for image, row_id, place in zip(rows["image"], rows["id"], places, strict=True):
+            yield self._decode(image, row_id, place[1], partial(self.transform.spare, *place))
 
 
 def collate(items: list[dict[str, Any]] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

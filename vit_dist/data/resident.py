@@ -1,8 +1,9 @@
-"""Where a batch's pixels are made: by the image processor on the CPU, or out of bytes on the device that trains."""
+"""Where a batch's pixels are made: by the image processor on the CPU, or out of bytes on the device that trains, which
+lie there, in a cache on the disk, or in the files.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from vit_dist.data.dataset import ImageDataset
-from vit_dist.data.pipeline import ImageData
+from vit_dist.data import image_cache
+from vit_dist.data.dataset import ByteDataset, ImageDataset
+from vit_dist.data.image_cache import CachedDataset
+from vit_dist.data.pipeline import ImageData, Progress
 from vit_dist.data.pixels import Pixels, to_tensor
+from vit_dist.distributed import on_main
 from vit_dist.errors import UserError
 
 MOST_BYTES = 8 * 2**30  # of all splits together; CIFAR-10 has 184 MB
@@ -22,39 +26,51 @@ _BY_WORKERS = 4096  # images from which on decoding is worth its own processes
 
 
 def place_images(
-    data: ImageData, source: str, device: torch.device, workers: int
-) -> tuple[ImageData, Pixels | None, bool]:
-    """The same data for `--image_source`, what makes the model's input of its batches, and whether it is resident.
+    data: ImageData,
+    source: str,
+    device: torch.device,
+    workers: int,
+    *,
+    cache_dir: str | None = None,
+    epochs: float = 1.0,
+    progress: Progress = lambda title: lambda done, total: None,
+) -> tuple[ImageData, Pixels | None, str]:
+    """The same data for `--image_source`, what makes the model's input of its batches, and the source that was chosen.
 
-    No Pixels: batches have the model's input already. Raises UserError if what was asked for cannot be. `workers` are
-    processes that may decode.
+    No Pixels: batches have the model's input already. Raises UserError if what was asked for cannot be. All ranks take
+    part. `workers` are processes that may decode; `epochs` of training are what a cache has to pay in.
     """
     if source == "processor" or (source == "auto" and device.type != "cuda"):
-        return data, None, False
+        return data, None, "processor"
     pixels = Pixels.of(data.processor)
     if pixels is None:
         reason = "the model's image processor does more than resize to a square, rescale and normalise"
         if source != "auto":
             raise UserError(f"image_source={source}: {reason}; use auto or processor")
-        return _with(data, _splits(data), f"images made by the processor on the CPU: {reason}"), None, False
+        return _with(data, _splits(data), f"images made by the processor on the CPU: {reason}"), None, "processor"
     pixels.to(device)
-    refused = _refusal(data, device) if source != "stream" else ""
-    if not refused and source != "stream":
-        held = {split: _decoded(dataset, workers) for split, dataset in _splits(data).items()}
-        sets = {
-            split: ResidentDataset(dataset, images.to(device))
-            for split, dataset in _splits(data).items()
-            if (images := held[split]) is not None
-        }
-        if len(sets) == len(held):
+    against = []
+    if source in ("auto", "resident"):
+        refused = _refusal(data, device)
+        sets = _resident(data, device, workers) if not refused else None
+        if sets is not None:
             size = sum(dataset.images.numel() for dataset in sets.values())
             note = f"images resident on {device}, {size / 1e6:,.0f} MB of bytes: no data loading"
-            return _with(data, sets, note), pixels, True
-        refused = SEVERAL
-    if source == "resident":
-        raise UserError(f"image_source=resident: {refused}; use auto or stream")
-    note = "images streamed as bytes, normalised on the device" + (f" (not resident: {refused})" if refused else "")
-    return _with(data, {split: _as_bytes(dataset) for split, dataset in _splits(data).items()}, note), pixels, False
+            return _with(data, sets, note), pixels, "resident"
+        if source == "resident":
+            raise UserError(f"image_source=resident: {refused or SEVERAL}; use auto or stream")
+        against.append(f"not resident: {refused or SEVERAL}")
+    if source in ("auto", "cache"):
+        refused = on_main(lambda: _against_cache(data, cache_dir, epochs)) if source == "auto" else ""
+        if not refused:
+            kept, note = _cached(data, cache_dir, progress)
+            return _with(data, kept, note), pixels, "cache"
+        against.append(f"not cached: {refused}")
+    note = "images streamed as bytes, normalised on the device" + (f" ({'; '.join(against)})" if against else "")
+    streamed = {
+        split: ByteDataset(dataset.table, dataset.transform, dataset.rules) for split, dataset in _splits(data).items()
+    }
+    return _with(data, streamed, note), pixels, "stream"
 
 
 class ResidentDataset(ImageDataset):
@@ -105,12 +121,6 @@ def _with(data: ImageData, sets: Mapping[str, ImageDataset], note: str) -> Image
     )
 
 
-def _as_bytes(dataset: ImageDataset) -> ImageDataset:
-    transform = copy.copy(dataset.transform)
-    transform.to_bytes = True
-    return ImageDataset(dataset.table, transform, dataset.rules)
-
-
 def _refusal(data: ImageData, device: torch.device) -> str:
     """Why the images cannot be resident, as far as their number and the first ones say; empty if they may."""
     room = torch.cuda.get_device_properties(device).total_memory * MOST_SHARE if device.type == "cuda" else MOST_BYTES
@@ -125,6 +135,33 @@ def _refusal(data: ImageData, device: torch.device) -> str:
     return f"{needed / 2**30:,.1f} GiB of bytes, at most {most / 2**30:,.1f} are kept" if needed > most else ""
 
 
+def _cached(data: ImageData, cache_dir: str | None, progress: Progress) -> tuple[dict[str, CachedDataset], str]:
+    """Every split out of its cache, which is built where it is not there; what there is to say of them."""
+    sets = {
+        split: image_cache.cached(
+            dataset,
+            image_cache.cache_of(dataset, cache_dir),
+            f"{split}: {data.description[0].partition(';')[0]}",
+            progress(split),
+        )
+        for split, dataset in _splits(data).items()
+    }
+    kept = [contents for dataset in sets.values() if (contents := image_cache.about(dataset.folder)) is not None]
+    return sets, (
+        f"images decoded and shrunk to {image_cache.shortest(data.train)} pixels once, "
+        f"{sum(contents.bytes for contents in kept) / 1e6:,.0f} MB in {sets['train'].folder.parent}; streamed from "
+        "there, normalised on the device"
+    )
+
+
+def _against_cache(data: ImageData, cache_dir: str | None, epochs: float) -> str:
+    """Why a cache would not pay; empty if it would."""
+    estimates = {split: image_cache.estimate(dataset) for split, dataset in _splits(data).items()}
+    folders = {split: image_cache.cache_of(dataset, cache_dir) for split, dataset in _splits(data).items()}
+    missing = sum(estimates[split].bytes for split, folder in folders.items() if image_cache.about(folder) is None)
+    return image_cache.reason_against(list(estimates.values()), epochs, image_cache.room(folders["train"]), missing)
+
+
 class _Decoded(torch.utils.data.Dataset):
     """Rows as bytes (3, height, width)."""
 
@@ -136,6 +173,17 @@ class _Decoded(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return to_tensor(self.dataset.decoded(index))
+
+
+def _resident(data: ImageData, device: torch.device, workers: int) -> dict[str, ResidentDataset] | None:
+    """Every split on the device, or None if its images are not of one size."""
+    held = {split: _decoded(dataset, workers) for split, dataset in _splits(data).items()}
+    sets = {
+        split: ResidentDataset(dataset, images.to(device))
+        for split, dataset in _splits(data).items()
+        if (images := held[split]) is not None
+    }
+    return sets if len(sets) == len(held) else None
 
 
 def _stacked(images: list[torch.Tensor]) -> torch.Tensor | None:

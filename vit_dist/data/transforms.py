@@ -108,8 +108,7 @@ class Transform:
     """PIL images -> float32 tensor (n, 3, side, side), as the model's image processor makes it.
 
     With `augment`, random crops and flips come first, drawn from `(seed, epoch, index)` alone: the same picture at any
-    world size, with any number of workers, and after any restart. With `to_bytes` the result is uint8, what the
-    processor would rescale and normalise; it must then be one that resizes to a square (see `Pixels.of`).
+    world size, with any number of workers, and after any restart.
     """
 
     def __init__(self, processor: Any, augment: DataOptions | None = None, seed: int = 0) -> None:
@@ -118,18 +117,30 @@ class Transform:
         self.crop = augment is not None and augment.random_resized_crop
         self.flip = augment is not None and augment.horizontal_flip
         self.min_scale = augment.crop_min_scale if augment is not None else 1.0
-        self.to_bytes = False
 
     def __call__(self, images: list[Image.Image], places: list[tuple[int, int]]) -> torch.Tensor:
         """`places` are the images' (epoch, index)."""
         if self.crop or self.flip:
             images = [self._augmented(image, *place) for image, place in zip(images, places, strict=True)]
-        if self.to_bytes:
-            square = (self.side, self.side)
-            images = [image.resize(square, Image.Resampling(self.processor.resample)) for image in images]
-            return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
         cropped = {"do_resize": False, "do_center_crop": False} if self.crop else {}
         return torch.from_numpy(np.stack(self.processor(images, return_tensors="np", **cropped)["pixel_values"]))
+
+    def spare(self, epoch: int, index: int, width: int, height: int) -> float:
+        """How many times the sides of what is seen there of an image of this size (pixels) exceed the input's."""
+        (left, top, right, bottom), _ = self.choose(epoch, index, width, height)
+        return min(right - left, bottom - top) / self.side
+
+    def square(self, image: Image.Image, size: tuple[int, int], epoch: int, index: int) -> Image.Image:
+        """What the processor would rescale and normalise, if it is one that resizes to a square (see `Pixels.of`).
+
+        The image may have been reduced from `size`; the choice is the same, made for that size. Since sides are rounded
+        up then, it may be off by less than one pixel of the reduced image.
+        """
+        (left, top, right, bottom), mirrored = self.choose(epoch, index, *size)
+        across, down = image.width / size[0], image.height / size[1]
+        seen = (left * across, top * down, right * across, bottom * down)
+        image = image.resize((self.side, self.side), Image.Resampling(self.processor.resample), box=seen)
+        return ImageOps.mirror(image) if mirrored else image
 
     def choose(self, epoch: int, index: int, width: int, height: int) -> tuple[Box, bool]:
         """Which part of an image of this size (pixels) is seen there, and whether it is mirrored."""

@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 
 from vit_dist.data.cache import cache_folder, locked
-from vit_dist.data.decode import RULES_VERSION, BadImage, DecodeRules, decode
+from vit_dist.data.decode import RULES_VERSION, BadImage, DecodeRules, decode_reduced
 from vit_dist.data.split import table_fingerprint
 from vit_dist.errors import UserError
 from vit_dist.files import replacing
@@ -49,16 +49,17 @@ def verify(
     """The rows whose images do not decode under `rules`, in order.
 
     Decodes with `workers` threads (default: the cores that this process may use), Pillow's decoders run side by
-    side. The outcome is remembered until a file, a rule or Pillow changes; other processes that want the same wait
-    for it. `progress(done, total)` is called in the process that decodes.
+    side; JPEGs at an eighth of their size, which finds what decoding them whole finds. The outcome is remembered until
+    a file, a rule or Pillow changes; other processes that want the same wait for it. `progress(done, total)` is called
+    in the process that decodes.
     """
-    path = cache_folder(cache_dir) / f"verified-{_key(table, rules)}.json"
+    path = cache_folder(cache_dir) / f"verified-{decoding_key(table, rules)}.json"
     bad = _remembered(path)
     if bad is None:
         with locked(path):
             bad = _remembered(path)
             if bad is None:
-                bad = _decode_all(table, rules, workers or _num_cores(), progress)
+                bad = _decode_all(table, rules, workers or cores(), progress)
                 with replacing(path) as temporary:
                     temporary.write_text(json.dumps([dataclasses.astuple(row) for row in bad]), encoding="utf-8")
     return bad
@@ -92,9 +93,10 @@ def _listed(bad: Sequence[BadRow]) -> str:
     return "".join(lines) + (f"\n  and {more:,} more" if more > 0 else "")
 
 
-def _key(table: datasets.Dataset, rules: DecodeRules) -> str:
-    """Changes with the images (for files: size and change time), the rules and the decoder."""
-    parts = [table_fingerprint(table, with_times=True), dataclasses.astuple(rules), RULES_VERSION, PIL.__version__]
+def decoding_key(table: datasets.Dataset, rules: DecodeRules, *more: int) -> str:
+    """Changes with the images (for files: size and change time), the rules, the decoder, and what is given further."""
+    times = table_fingerprint(table, with_times=True)
+    parts = [times, dataclasses.astuple(rules), RULES_VERSION, PIL.__version__, *more]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -105,7 +107,8 @@ def _remembered(path: Path) -> list[BadRow] | None:
         return None
 
 
-def _num_cores() -> int:
+def cores() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -119,7 +122,7 @@ def _decode_all(
         bad = []
         for offset, (id, image) in enumerate(zip(chunk["id"], chunk["image"], strict=True)):
             try:
-                decode(image, rules)
+                decode_reduced(image, rules, lambda width, height: 8)
             except BadImage as error:
                 bad.append(BadRow(start + offset, id, error.reason))
         return bad

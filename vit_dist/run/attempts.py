@@ -70,6 +70,7 @@ class Attempt:
     number: int = 1
     checkpoint: str | None = None  # to resume from
     begins_at: int = 0  # its step
+    image_source: str | None = None  # where the pixels of its steps were made, if that is known
     stalled: int = 0  # earlier attempts that began there too
     changes: list[dict[str, Any]] = field(default_factory=list)  # what --allow_change let pass, of all attempts
     wandb_id: str = field(default_factory=new_id)
@@ -148,6 +149,7 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
     if not complete:
         attempt.checkpoint, attempt.notes = _newest_checkpoint(config, strategy, world_size, record)
         attempt.begins_at = store.step_of(Path(attempt.checkpoint)) if attempt.checkpoint else 0
+        attempt.image_source = record.get("image_source") if attempt.checkpoint else None
         before = record.get("strategy", strategy), record.get("world_size", world_size)
         if attempt.checkpoint and before != (strategy, world_size):
             attempt.notes.append(f"was {before[0]} on {before[1]} processes, goes on as {strategy} on {world_size}")
@@ -183,13 +185,20 @@ def common_facts(config: Config, strategy: str, device: str) -> dict[str, Any]:
 
 
 def facts(
-    data: dict[str, Any], model_revision: str | None, world_size: int, global_batch: int, strategy: str, device: str
+    data: dict[str, Any],
+    model_revision: str | None,
+    world_size: int,
+    global_batch: int,
+    strategy: str,
+    device: str,
+    image_source: str,
 ) -> dict[str, Any]:
     """What the run record states beyond the settings."""
     return {
         "world_size": world_size,
         "strategy": strategy,
         "device": device,
+        "image_source": image_source,
         "global_batch_size": global_batch,
         "data": data,
         "model_revision": model_revision,

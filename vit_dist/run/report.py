@@ -16,7 +16,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
-from vit_dist.data.decode import decode
 from vit_dist.files import replacing
 
 CHECKED_IMAGES = 8
@@ -61,7 +60,7 @@ def check_export(
     model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     count = len(seen)
-    images = [decode(dataset.table[i]["image"], dataset.rules) for i in range(count)]
+    images = [dataset.decoded(i) for i in range(count)]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
     level = torch.tensor(processor.rescale_factor / np.array(processor.image_std) if levels else 0.0).reshape(-1, 1, 1)
     if pixels.shape != seen.shape or not ((pixels - seen).abs() <= levels * level).all():

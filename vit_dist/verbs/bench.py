@@ -166,7 +166,7 @@ def advice(found: dict[str, Any]) -> str:
     if given < 1.1 * step:
         return (
             f"the step waits for batches, which come at {given / step:.0%} of what it takes: more "
-            "--dataloader_num_workers, smaller files, or --image_source resident where all images have one size"
+            "--dataloader_num_workers, --image_source cache for large photos, resident where all images have one size"
         )
     serial = 1 / (1 / step + 1 / given)
     if 0.85 * serial <= got <= 1.15 * serial:
