@@ -25,8 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.parser": {"errors"},
     "cost.flops": set(),
     "build": {
-        "blocks", "console", "distributed", "strategy", "checkpoint.writer", "config", "data.pipeline", "data.resident",
-        "metrics.__init__", "model", "trainer",
+        "arguments", "auto_batch", "batch", "blocks", "console", "distributed", "strategy", "checkpoint.writer",
+        "config", "data.pipeline", "data.resident", "metrics.__init__", "model", "trainer",
     },
     "verbs.bench": {
         "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks.progress": set(),
     "callbacks.wandb": {"redact"},
     "batch": {"config", "errors"},
+    "auto_batch": {"batch", "blocks", "config", "cost.memory", "distributed", "errors"},
     "schedule": {"config", "errors"},
     "checkpoint.__init__": set(),
     "checkpoint.store": {"files"},
@@ -125,8 +126,8 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "files", "strategy", "trainer",
     },
     "verbs.plan": {
-        "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "cost.memory",
-        "metrics.__init__", "model", "run.run_folder", "schedule", "strategy", "trainer", "verbs.parser",
+        "arguments", "auto_batch", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors",
+        "cost.memory", "metrics.__init__", "model", "run.run_folder", "schedule", "strategy", "trainer", "verbs.parser",
     },
     "verbs.sweep": {"config", "console", "errors", "run.run_folder", "settings_file", "train", "verbs.parser"},
     "verbs.slurm": {"config", "console", "errors", "verbs.preflight", "verbs.sweep", "verbs.parser"},

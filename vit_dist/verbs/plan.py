@@ -7,13 +7,14 @@ vit-dist plan --data ~/photos --gpus 4 --gpu_memory 24 --strategy zero2 --json
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_dist import bundle, console
 from vit_dist.batch import Batch, scaled_learning_rate, split_batch
@@ -21,6 +22,9 @@ from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.run import run_folder
 from vit_dist.verbs.parser import Parser
+
+if TYPE_CHECKING:
+    from vit_dist.cost import memory
 
 GPU_MEMORY = {  # decimal GB, as they are sold; about 1 % less can be allocated
     "h200": 141, "h100": 80, "a100": 80, "a100-40": 40, "l40s": 48, "a6000": 48, "a10": 24, "l4": 24, "rtx4090": 24,
@@ -30,7 +34,6 @@ LINKS = {  # GB/s that a GPU can send, peak of one direction
     "nvlink": 450, "nvlink-a100": 300, "pcie4": 32, "pcie5": 64, "ib400": 50, "ib200": 25, "eth100": 12.5, "eth25": 3.1,
     "eth10": 1.25,
 }  # fmt: skip
-USABLE = 0.92  # of the memory: fragmentation takes the rest
 AUTO = (
     "single",
     "ddp",
@@ -153,6 +156,11 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.trainer import require_metric
 
     bundle.check(config)
+    if config.finds_batch and machines.memory is None:
+        raise UserError(
+            "per_device_train_batch_size=auto: the memory of the GPUs is not known here; give --gpu or --gpu_memory, "
+            "or a number of images"
+        )
     batch = split_batch(config, machines.processes)
     rate = scaled_learning_rate(config, batch)
     quick = replace(config.data, verify_images=False)
@@ -165,6 +173,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
         world_size=batch.world_size, rank=0, seed=0, drop_last=config.training["dataloader_drop_last"],
     )  # fmt: skip
     steps = total_steps(config, sampler.steps_per_epoch)
+    needed, batch = _memory(config, machines, batch, data.input_size, model, asked.strategy)
     plan: dict[str, Any] = {
         "source": config.source,
         "machines": {**asdict(machines), "processes": machines.processes},
@@ -182,14 +191,20 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
                           "recipe": config.training["learning_rate"], "actual": rate,
                           "schedule": str(config.training["lr_scheduler_type"]), "curve": curve(config, rate, steps)},
     }  # fmt: skip
-    plan |= _memory(config, machines, batch, data.input_size, model, asked.strategy)
+    plan |= needed
     plan["time"] = _time(config, machines, steps * batch.total, asked)
     plan["config"] = config.resolved()
     return plan
 
 
-def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: Any, asked: str) -> dict[str, Any]:
-    """`strategies`: bytes on a GPU and traffic of each; `strategy`: the one asked for or recommended, and why."""
+def _memory(
+    config: Config, machines: Machines, batch: Batch, side: int, model: Any, asked: str
+) -> tuple[dict[str, Any], Batch]:
+    """`strategies`: bytes on a GPU and traffic of each; `strategy`: the one asked for or recommended, and why.
+
+    With it the batch, split for that strategy if the micro-batch is to be found; each has its own in the table.
+    """
+    from vit_dist.auto_batch import search
     from vit_dist.cost import memory
     from vit_dist.strategy import mark_blocks
 
@@ -197,34 +212,52 @@ def _memory(config: Config, machines: Machines, batch: Batch, side: int, model: 
     tensors, precision, optim = memory.Tensors.of(model), config.precision, str(config.training["optim"])
     checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
     saved = memory.activations(model, side, precision, checkpointing)
-    table: dict[str, dict[str, Any]] = {}
-    for name in _possible(machines):
-        shards = {"single": 1, "ddp": 1, "hsdp": machines.processes // machines.replicas}.get(name, machines.processes)
-        state = memory.state(
-            name, tensors, shards=shards, precision=precision, optim=optim, accumulation=batch.accumulation
+    room = None if machines.memory is None else int(memory.USABLE * machines.memory)
+    share = batch.sizes[-1]
+
+    def shards(name: str) -> int:
+        return {"single": 1, "ddp": 1, "hsdp": machines.processes // machines.replicas}.get(name, machines.processes)
+
+    def state(name: str, images: int) -> memory.State:
+        return memory.state(
+            name, tensors, shards=shards(name), precision=precision, optim=optim, accumulation=share // images
         )
-        total = state.total + saved.of(batch.per_device) + memory.RESERVE
+
+    def total(name: str, images: int) -> int:
+        return state(name, images).total + saved.of(images) + memory.RESERVE
+
+    table: dict[str, dict[str, Any]] = {}
+    splits = dict.fromkeys(_possible(machines), batch)
+    for name in splits:
+        if config.finds_batch and room is not None:
+            found = search(batch.sizes, functools.partial(total, name), room)
+            splits[name] = batch.split_into(found.size or 1, f"auto, by the memory model: {found.reason}")
+        images = splits[name].per_device
         table[name] = {
-            **asdict(state),
-            "activations": saved.of(batch.per_device),
+            "per_device": images,
+            **asdict(state(name, images)),
+            "activations": saved.of(images),
             "reserve": memory.RESERVE,
-            "total": total,
-            "fits": None if machines.memory is None else total <= USABLE * machines.memory,
-            "traffic": memory.traffic(name, tensors, shards=shards, world_size=machines.processes, precision=precision),
+            "total": total(name, images),
+            "fits": None if room is None else total(name, images) <= room,
+            "traffic": memory.traffic(
+                name, tensors, shards=shards(name), world_size=machines.processes, precision=precision
+            ),
             "checkpoint": memory.checkpoint_bytes(name, tensors, precision=precision, optim=optim),
         }
-    chosen, why = _choose(asked, table, machines)
+    chosen, why = _choose(asked, table, machines, config.finds_batch)
     kept = config.training["save_total_limit"]
-    return {
+    needed = {
         "strategy": chosen,
         "why": why,
         "strategies": table,
         "fits": table[chosen]["fits"],
         "disk": {"checkpoint": table[chosen]["checkpoint"], "kept": kept, "export": 4 * tensors.parameters},
     }
+    return needed, splits[chosen]
 
 
-def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) -> tuple[str, str]:
+def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, finds_batch: bool) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
     if "single" in table and table["single"]["fits"] in (None, True):
@@ -239,9 +272,8 @@ def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) ->
             passed = order[: order.index(name)]
             reason = REASONS[name]
             return name, f"{', '.join(passed)} would not fit; {reason}" if passed else reason
-    return order[
-        -1
-    ], "nothing fits; lower --per_device_train_batch_size, add --activation_checkpointing, or use more GPUs"
+    lower = "not even one image at once;" if finds_batch else "lower --per_device_train_batch_size,"
+    return order[-1], f"nothing fits; {lower} add --activation_checkpointing, or use more GPUs"
 
 
 REASONS = {
@@ -293,7 +325,7 @@ def render(plan: dict[str, Any]) -> list[str]:
     lines += [
         ("model", f"{plan['model']}, {count['all']:,} parameters, {count['trained']:,} trained"),
         ("devices", f"{where}, {plan['precision']}"),
-        ("batch", str(Batch(batch["per_device"], batch["world_size"], batch["accumulation"]))),
+        ("batch", str(Batch(**{key: value for key, value in batch.items() if key != "global"}))),
         ("steps", f"{steps['epoch']:,} per epoch, {steps['all']:,} in all, {steps['warmup']:,} of warm-up"),
         ("rate", rate["description"]),
     ]  # fmt: skip
@@ -311,6 +343,7 @@ def render(plan: dict[str, Any]) -> list[str]:
         fits = {None: "?", True: "yes", False: "no"}[row["fits"]]
         host = f"  ({row['host'] / 1e9:.2f} on the host)" if row["host"] else ""
         numbers = "".join(f"{row[column] / 1e9:>12.2f}" for column in columns)
+        host += f"  {row['per_device']} per device" if batch["note"] else ""
         lines.append(("", f"{mark}{name:<14}{numbers}  {fits}{host}"))
     disk = plan["disk"]
     folders = disk["kept"] + 1 if disk["kept"] else None  # the new one is written before an old one goes
