@@ -27,6 +27,8 @@ from vit_dist.errors import UserError
 
 Peak = Callable[[int], int | None]  # images at once -> bytes on the device when it holds most; None: it ran out
 
+ALL = "a device's whole share fits"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -78,31 +80,42 @@ def find_batch(
 def search(sizes: Sequence[int], peak: Peak, room: int) -> Found:
     """The largest of `sizes` (ascending, the first is 1) whose peak is at most `room` bytes.
 
-    Memory is affine in the images: one and two of them say where it ends, and a step of that size says whether that is
-    so. Every step that was tried mends the slope, and the next one lies between what fits and what does not.
+    Memory is affine in the images, once they take more than the optimizer's step: one and two of them say where it
+    ends, and a step of that size says whether that is so. What is tried mends the forecast; where a try ran out and
+    mended nothing, the middle of what is left comes next.
     """
     first = peak(1)
     if first is None or first > room:
         return Found(0, _short(1, first, room))
-    second = peak(2) if len(sizes) > 1 else first
-    seen = {1: first, 2: second}
-    slope = float(room if second is None else max(second - first, 1))
-    good, bad = 1, sizes[-1] + 1
-    while between := [size for size in sizes if good < size < bad and first + (size - 1) * slope <= room]:
-        size = between[-1]
-        needed = seen[size] if size in seen else peak(size)
-        seen[size] = needed
+    if len(sizes) == 1:
+        return Found(1, ALL)
+    second = peak(2)  # also where it does not divide the share
+    if second is None:
+        return Found(1, _short(sizes[1], None, room))
+    known, good, bad, ran_out = {1: first, 2: second}, 1, sizes[-1] + 1, False
+
+    def forecast(images: int) -> int:
+        """By the line through the two largest sizes that are known."""
+        (fewer, low), (more, high) = sorted(known.items())[-2:]
+        return high + round((images - more) * (high - low) / (more - fewer))
+
+    while between := [size for size in sizes if good < size < bad]:
+        fitting = [size for size in between if forecast(size) <= room]
+        if not ran_out and not fitting:
+            break
+        size = between[(len(between) - 1) // 2] if ran_out else fitting[-1]
+        needed = known[size] if size in known else peak(size)
+        ran_out = needed is None
         if needed is not None:
-            slope = max((needed - first) / (size - 1), 1.0)
+            known[size] = needed
         if needed is None or needed > room:
             bad = size
         else:
             good = size
     above = next((size for size in sizes if size > good), None)
     if above is None:
-        return Found(good, "a device's whole share fits")
-    guessed = None if second is None else round(first + (above - 1) * slope)
-    return Found(good, _short(above, seen.get(above, guessed), room))
+        return Found(good, ALL)
+    return Found(good, _short(above, known.get(above, None if above == bad else forecast(above)), room))
 
 
 def _short(images: int, needed: int | None, room: int) -> str:
