@@ -19,7 +19,7 @@ from test_plan import big_checkpoint, planned
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import ViTConfig, ViTForImageClassification
 
-from vit_dist import auto_batch, stop
+from vit_dist import auto_batch, build, stop
 from vit_dist import batch as batch_module
 from vit_dist.arguments import build_arguments
 from vit_dist.auto_batch import Found, find_batch, search, step_peak
@@ -131,9 +131,8 @@ def test_sharded_state_is_computed_and_activations_are_measured(gpus: Callable[.
     state = memory.state("fsdp2", memory.Tensors.of(small_model), shards=2, precision="fp32", optim="adamw_torch_fused")
     room = state.total + 20 * per_image
     mine = Device(room, own, lambda n: per_image * n)
-    found = gpus(mine, mine, Batch(1, 2, 64), "fsdp2", small_model)
-    # The other rank is simulated without shards, and has the same room for one copy more of weights and gradients.
-    assert found.per_device == 16 and set(mine.asked[:2]) == {1, 2}
+    found = gpus(mine, Device(GB, 0, lambda n: n), Batch(1, 2, 64), "fsdp2", small_model)
+    assert found.per_device == 16 and mine.asked == [1, 2], "on the whole model, and no more of it"
 
 
 def test_another_kind_of_device_is_refused_in_one_line() -> None:
@@ -265,6 +264,19 @@ def test_two_processes_train_to_the_curve_of_a_given_split(photos: Path, checkpo
         launcher="torchrun", processes=2)  # fmt: skip
     found, given = losses(tmp_path / "auto"), losses(tmp_path / "given")
     assert list(found) == list(range(1, 9)) and found == pytest.approx(given, abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_sharded_strategies_are_told_the_split(
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    monkeypatch.setattr(build, "find_batch", lambda config, args, batch, *rest: batch.split_into(2, "auto: a test"))
+    args = [*ARGS, "--max_steps", 4, "--save_steps", 4, "--logging_steps", 1]
+    lab = Lab(tmp_path, ["--data", photos, "--model", checkpoint, *args])
+    found = lab.run(tmp_path / "auto", "--per_device_train_batch_size", "auto", processes=2, strategy=strategy)
+    assert "8 = 2 per device x 2 devices x 2 accumulation (auto: a test)" in found.output
+    lab.run(tmp_path / "given", "--per_device_train_batch_size", 2, processes=2, strategy=strategy)
+    assert losses(tmp_path / "auto") == losses(tmp_path / "given")
 
 
 def test_a_resumed_run_keeps_its_split_to_the_bit(
