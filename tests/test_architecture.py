@@ -25,8 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.parser": {"errors"},
     "cost.flops": set(),
     "build": {
-        "blocks", "console", "distributed", "strategy", "checkpoint.writer", "config", "data.pipeline", "data.pixels",
-        "data.resident", "errors", "metrics.__init__", "model", "trainer",
+        "arguments", "auto_batch", "batch", "blocks", "console", "distributed", "strategy", "checkpoint.writer",
+        "config", "data.pipeline", "data.pixels", "data.resident", "errors", "metrics.__init__", "model", "trainer",
     },
     "verbs.bench": {"cost.peak",
         "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "cost.peak": set(),
     "callbacks.wandb": {"redact"},
     "batch": {"config", "errors"},
+    "auto_batch": {"batch", "blocks", "config", "cost.memory", "distributed", "errors"},
     "schedule": {"config", "errors"},
     "checkpoint.__init__": set(),
     "checkpoint.store": {"files"},
@@ -140,8 +141,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "verbs.plan": {
         "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "cost.flops",
-        "cost.measured", "cost.memory", "cost.scaling", "metrics.__init__", "model", "run.run_folder", "schedule",
-        "strategy", "trainer", "verbs.machines", "verbs.parser", "verbs.plan_text",
+        "cost.measured", "metrics.__init__", "model", "run.run_folder", "schedule", "trainer", "verbs.machines",
+        "verbs.parser", "verbs.plan_strategies", "verbs.plan_text",
+    },
+    "verbs.plan_strategies": {
+        "auto_batch", "batch", "config", "cost.measured", "cost.memory", "cost.scaling", "strategy", "verbs.machines",
+        "verbs.plan_text",
     },
     "verbs.machines": {"errors"},
     "verbs.plan_text": {"batch"},

@@ -44,7 +44,7 @@ def test_the_arithmetic_is_that_of_the_run(
              "--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate_reference_batch", 2,
              "--learning_rate_scaling", "sqrt", "--report_to", "none", "--lr_scheduler_type", "cosine"]  # fmt: skip
     found = planned(capsys, "--gpus", 2, *flags)
-    assert found["batch"] == {"per_device": 4, "world_size": 2, "accumulation": 1, "global": 8}
+    assert found["batch"] == {"per_device": 4, "world_size": 2, "accumulation": 1, "note": "", "global": 8}
     assert found["steps"] == {"epoch": 5, "all": 10, "warmup": 0}
     assert found["learning_rate"]["actual"] == pytest.approx(2 * found["learning_rate"]["recipe"])
     done = run(*flags)

@@ -80,7 +80,11 @@ def test_one_word_of_advice_for_what_starves(now: list[float], caplog: pytest.Lo
 
 @pytest.mark.parametrize(
     ("workers", "cores", "told"),
-    [(0, 8, "--dataloader_num_workers 1 or more"), (2, 8, "than 2, there are 8 cores"), (7, 8, "--image_source resident where")],
+    [
+        (0, 8, "--dataloader_num_workers 1 or more"),
+        (2, 8, "than 2, there are 8 cores"),
+        (7, 8, "cache where they are"),
+    ],
 )
 def test_advice_about_data(workers: int, cores: int, told: str) -> None:
     assert told in data_advice(workers, cores)

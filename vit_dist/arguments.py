@@ -19,7 +19,7 @@ from vit_dist.errors import UserError
 
 
 def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
-    """Make the `TrainingArguments`, which joins the process group. Call once.
+    """Make the `TrainingArguments`, which joins the process group. Called again for another split of the batch.
 
     Without an accelerator the device is the CPU, said explicitly: left to itself, upstream would not see the
     launcher's other processes.

@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vit_dist.config import Config
 from vit_dist.errors import UserError
 
+MOST_ON_CPU = 32  # images at once; more are hardly faster there (docs/decisions.md, 2026-11-28)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """How a step's images are split: a device takes `per_device` at once, `accumulation` times."""
+    """How a step's images are split: a device takes `per_device` at once, `accumulation` times.
+
+    `note` is the reason, where it was found and not given.
+    """
 
     per_device: int
     world_size: int
     accumulation: int
+    note: str = ""
 
     @property
     def total(self) -> int:
         return self.per_device * self.world_size * self.accumulation
 
+    @property
+    def sizes(self) -> list[int]:
+        """What a device could take at once, smallest first: the divisors of its share of the step."""
+        share = self.per_device * self.accumulation
+        return [size for size in range(1, share + 1) if share % size == 0]
+
+    def split_into(self, per_device: int, note: str) -> Batch:
+        """The same step with another of its `sizes` at once."""
+        return replace(self, per_device=per_device, accumulation=self.total // self.world_size // per_device, note=note)
+
     def __str__(self) -> str:
         devices = f"{self.world_size} device{'s' if self.world_size > 1 else ''}"
-        return f"{self.total} = {self.per_device} per device x {devices} x {self.accumulation} accumulation"
+        split = f"{self.total} = {self.per_device} per device x {devices} x {self.accumulation} accumulation"
+        return f"{split} ({self.note})" if self.note else split
 
 
 def split_batch(config: Config, world_size: int, keep: int | None = None) -> Batch:
     """The batch on `world_size` processes; `--global_batch_size` decides the accumulation.
 
     `keep` is the global batch of a run that goes on: it is split anew, with at most `per_device_train_batch_size`
-    images at once on a device. Raises UserError, with the nearest sizes that divide, for one that does not.
+    images at once on a device. With `auto` it is split as on CPUs; on GPUs `auto_batch` finds a better split.
+    Raises UserError, with the nearest sizes that divide, for one that does not.
     """
-    if keep is not None:
-        return _split_kept(config.training["per_device_train_batch_size"], world_size, keep)
     per_device = config.training["per_device_train_batch_size"]
     accumulation, asked = config.training["gradient_accumulation_steps"], config.scaling.global_batch_size
-    if asked is None:
-        return Batch(per_device, world_size, accumulation)
-    if accumulation != 1:
+    if asked is not None and accumulation != 1:
         raise UserError(
             f"global_batch_size={asked} and gradient_accumulation_steps={accumulation}: the first decides the second; "
             "leave one of them out"
         )
+    total = asked if keep is None else keep
+    if config.finds_batch and total is not None:
+        batch = _split_share(MOST_ON_CPU, world_size, total)
+        return replace(batch, note=f"auto: at most {MOST_ON_CPU} at once on CPUs")
+    if keep is not None:
+        return _split_share(per_device, world_size, keep)
+    if asked is None:
+        return Batch(per_device, world_size, accumulation)
     unit = per_device * world_size
     if asked % unit:
         below = asked // unit * unit
@@ -56,12 +78,11 @@ def split_batch(config: Config, world_size: int, keep: int | None = None) -> Bat
     return Batch(per_device, world_size, asked // unit)
 
 
-def _split_kept(most: int, world_size: int, total: int) -> Batch:
+def _split_share(most: int, world_size: int, total: int) -> Batch:
     if total % world_size:
         sizes = [str(size) for size in range(1, total + 1) if total % size == 0]
         raise UserError(
-            f"the run's global batch of {total} images cannot be shared by {world_size} processes; it can by "
-            f"{', '.join(sizes)}"
+            f"a global batch of {total} images cannot be shared by {world_size} processes; it can by {', '.join(sizes)}"
         )
     share = total // world_size
     per_device = _largest_divisor(share, most)

@@ -8,6 +8,9 @@ from functools import partial
 from transformers import TrainingArguments
 
 from vit_dist import blocks, console, distributed, strategy
+from vit_dist.arguments import build_arguments
+from vit_dist.auto_batch import find_batch
+from vit_dist.batch import Batch
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import Config
 from vit_dist.data.pipeline import ImageData, build_data
@@ -21,6 +24,7 @@ from vit_dist.trainer import ExactTrainer, build_trainer, require_metric
 
 @dataclass(frozen=True)
 class Built:
+    batch: Batch
     data: ImageData
     model: BuiltModel
     metrics: ClassificationMetrics
@@ -30,36 +34,49 @@ class Built:
 
 
 def build(
-    config: Config, args: TrainingArguments, asked: str, writer: CheckpointWriter, begun_with: str | None = None
+    config: Config,
+    args: TrainingArguments,
+    batch: Batch,
+    asked: str,
+    writer: CheckpointWriter,
+    kept: int | None = None,
+    begun_with: str | None = None,
 ) -> Built:
     """Every rank, with the same settings; nothing is written yet. `asked` is the strategy; a run that goes on has
     `begun_with` an image source.
 
+    `batch` is split anew if the micro-batch is to be found, and `args` are made again for it; `kept`: see `find_batch`.
     Raises UserError for what is wrong with data, model or training arguments.
     """
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     distributed.agree({"data": data.record["fingerprint"]}, "do all nodes see the same files?")
-    data, pixels, source = _placed(config, args, data, begun_with)
-    if source == "resident":
-        args.dataloader_num_workers, args.dataloader_persistent_workers, args.dataloader_pin_memory = 0, False, False
-        args.dataloader_prefetch_factor = None
+    data, pixels, source = _placed(config, args, data, batch.total, begun_with)
     model = build_model(config.model, data.classes, data.input_size, seed=args.seed, cache_dir=config.data.cache_dir)
     metrics = ClassificationMetrics(data.classes, config.run.metrics)
     require_metric(config.training["metric_for_best_model"], metrics)
     strategy.mark_blocks(model.model)
+    if config.finds_batch:
+        batch = find_batch(config, args, batch, asked, model.model, data.input_size, kept)
+        args = build_arguments(config, batch)  # DeepSpeed is told the micro-batch when they are made
+        strategy.prepare(args)
+    if source == "resident":
+        args.dataloader_num_workers, args.dataloader_persistent_workers, args.dataloader_pin_memory = 0, False, False
+        args.dataloader_prefetch_factor = None
     compilation = blocks.choose_compilation(config.training, asked, args.device)
     blocks.speed_up(model.model, pixels, compilation, config.model.bf16_residual, args.device)
     trainer = build_trainer(config, args, data, model.model, metrics, writer, pixels, compilation.on)
-    return Built(data, model, metrics, trainer, compilation, source)
+    return Built(batch, data, model, metrics, trainer, compilation, source)
 
 
 def _placed(
-    config: Config, args: TrainingArguments, data: ImageData, begun_with: str | None
+    config: Config, args: TrainingArguments, data: ImageData, images: int, begun_with: str | None
 ) -> tuple[ImageData, Pixels | None, str]:
-    """`place_images`. A run that goes on has the source that it began with: pixels differ a little between them."""
+    """`place_images`. A run that goes on has the source that it began with: pixels differ a little between them.
+
+    `images` are those of a step.
+    """
     asked = config.data.image_source
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    epochs = args.max_steps * batch / len(data.train) if args.max_steps > 0 else args.num_train_epochs
+    epochs = args.max_steps * images / len(data.train) if args.max_steps > 0 else args.num_train_epochs
     try:
         return place_images(
             data,

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from vit_dist import settings_file
 from vit_dist.errors import UserError
 from vit_dist.options import (
+    AUTO,
     RANGES,
     REFUSED,
     RENAMED,
@@ -72,6 +73,11 @@ class Config:
     @property
     def precision(self) -> str:
         return "bf16" if self.training["bf16"] else "fp16" if self.training["fp16"] else "fp32"
+
+    @property
+    def finds_batch(self) -> bool:
+        """Whether a device takes as many images at once as fit."""
+        return self.training["per_device_train_batch_size"] == AUTO
 
     @property
     def data_seed(self) -> int:
@@ -203,9 +209,23 @@ def _parser() -> _Parser:
             action.help = argparse.SUPPRESS
         if action.dest == "report_to":
             action.nargs = "+"  # several, as a recipe may list them
+        if action.dest == "per_device_train_batch_size":
+            action.type = _size_or_auto
+            action.help = (
+                "Images that a device takes at once in training. `auto`: as many as fit, tried out before training; "
+                "needs --global_batch_size."
+            )
         if action.dest == "output_dir":
             action.help = "The run folder. The same command with the same folder continues the run."
     return parser
+
+
+def _size_or_auto(text: str) -> int | str:
+    """Upstream's field is a number; `arguments` hands it the one that was found."""
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid value: {text!r}, give a number or {AUTO}") from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -292,8 +312,13 @@ def _refuse_values(settings: dict[str, Any]) -> None:
             raise UserError(f"{key}={value} is not supported: {reason}")
     for key, (least, most) in RANGES.items():
         value = settings[key]
-        if value is not None and not least <= value <= most:
+        if value not in (None, AUTO) and not least <= value <= most:
             raise UserError(f"{key}={value}: give a number from {least:g} to {most:g}")
+    if settings["per_device_train_batch_size"] == AUTO and settings["global_batch_size"] is None:
+        raise UserError(
+            "per_device_train_batch_size=auto needs --global_batch_size: what a step trains on must not depend on the "
+            "memory of a device"
+        )
     for key in ("max_time", "hang_timeout"):
         if settings[key] is not None:
             parse_duration(key, settings[key])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+AUTO = "auto"  # a value of per_device_train_batch_size: as many as fit
+
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
@@ -230,7 +232,7 @@ RENAMED = {
 
 # Values of upstream fields that would break a promise of this package, and the reason.
 REFUSED = {
-    "auto_find_batch_size": (True, "each process would find its own size; set --per_device_train_batch_size"),
+    "auto_find_batch_size": (True, "each process would find its own; --per_device_train_batch_size auto finds one"),
     "enable_jit_checkpoint": (True, "it saves without agreement between processes and can hang them"),
     "ignore_data_skip": (True, "a resumed run would see other images than the uninterrupted one"),
     "save_only_model": (True, "a run could not be resumed; `best/` holds the model alone"),

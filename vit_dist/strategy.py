@@ -43,7 +43,8 @@ def check_owners(precision: str, environ: Mapping[str, str] = os.environ) -> Non
 
 
 def prepare(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> str:
-    """The strategy that this launch asks for, by name, with the way cleared for it. Call once, after the arguments.
+    """The strategy that this launch asks for, by name, with the way cleared for it. Call after the arguments,
+    each time they are made.
 
     Raises UserError for a configuration that is not supported.
     """

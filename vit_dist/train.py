@@ -85,15 +85,16 @@ def fit(
 
     writer = CheckpointWriter(config, distributed.Channel(), args.process_index, attempt.begins_at or None)
     held.callback(writer.close)  # before the lock is let go
-    built = build(config, args, asked, writer, attempt.image_source)
-    data, trainer = built.data, built.trainer
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    kept = distributed.on_main(lambda: attempts.split_to_keep(attempt, batch, asked, device))
+    built = build(config, args, batch, asked, writer, kept, attempt.image_source)
+    batch, data, trainer = built.batch, built.data, built.trainer
     weights = sum(parameter.nbytes for parameter in built.model.model.parameters())
     distributed.on_main(lambda: writer.require_room(weights))
     trainer.add_callback(watchdog)
     writer.progress = watchdog.keep_alive
     strategy.confirm(asked, trainer.accelerator)
 
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     facts = distributed.on_main(
         lambda: attempts.facts(
             data.record, built.model.revision, args.world_size, batch.total, asked, device, built.image_source

@@ -23,6 +23,7 @@ from vit_dist.strategy import PERSISTENT, REDUCE_BUCKET
 
 FP32 = 4
 GROUPS = 2  # the Trainer's optimizer has two: with weight decay and without; DeepSpeed keeps a flat tensor of each
+USABLE = 0.92  # of a device's memory: fragmentation takes the rest
 RESERVE = 1_000_000_000  # CUDA context, cuBLAS and NCCL workspaces; not measured here
 
 

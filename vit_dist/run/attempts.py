@@ -123,6 +123,19 @@ def batch_to_keep(config: Config) -> int | None:
     return record.get("global_batch_size")
 
 
+def split_to_keep(attempt: Attempt, batch: Batch, strategy: str, device: str) -> int | None:
+    """The images at once with which the checkpoint was made, if the same split is possible on what there is now.
+
+    The bits of a run depend on it. None: nothing to go on from, or on other devices, or with other settings.
+    """
+    if not attempt.checkpoint or any(change["attempt"] == attempt.number for change in attempt.changes):
+        return None
+    manifest = store.read_manifest(Path(attempt.checkpoint))
+    split, now = manifest["batch"], (strategy, batch.world_size, batch.total, device)
+    made = (manifest["strategy"], manifest["world_size"], split["total"], manifest["record"]["device"])
+    return split["per_device"] if made == now else None
+
+
 def known_record(folder: Path) -> dict[str, Any]:
     """What run.json holds; if it is damaged or gone, what the newest checkpoint knows of it. Empty for a new run."""
     record = read_json(folder / RECORD)

@@ -24,9 +24,9 @@ from vit_dist.run.run_folder import environment, write_json, write_status
 
 FAILURE = "failure.json"
 OUT_OF_MEMORY = (
-    "out of memory: lower --per_device_train_batch_size (with --global_batch_size the steps stay the same), try "
-    "--bf16 or --activation_checkpointing, or shard the model (launch/accelerate.sh zero2 or fsdp2); `vit-dist plan` "
-    "shows what fits"
+    "out of memory: lower --per_device_train_batch_size or make it `auto` (with --global_batch_size the steps stay the "
+    "same), try --bf16 or --activation_checkpointing, or shard the model (launch/accelerate.sh zero2 or fsdp2); "
+    "`vit-dist plan` shows what fits"
 )
 
 

@@ -97,7 +97,8 @@ def run(config: Config, steps: int) -> dict[str, Any]:
         args = build_arguments(config, batch)
         asked = strategy.prepare(args)
         writer = CheckpointWriter(config, distributed.Channel())
-        built = build(config, args, asked, writer)
+        built = build(config, args, batch, asked, writer)
+        batch = built.batch
         flops = count_flops(built.model.model, built.data.input_size)
         found: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -17,19 +16,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vit_dist import bundle, console
-from vit_dist.batch import Batch, scaled_learning_rate, split_batch
+from vit_dist.batch import scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
-from vit_dist.cost import measured, scaling
+from vit_dist.cost import measured
 from vit_dist.errors import UserError
 from vit_dist.run import run_folder
-from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, possible, read_machines
+from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, read_machines
 from vit_dist.verbs.parser import Parser
-from vit_dist.verbs.plan_text import percent, render
-
-Range = dict[str, float]  # low, high: with nothing overlapped, with all that can be
-USABLE = 0.92  # of the memory: fragmentation takes the rest
-# The cheapest first; hsdp before fsdp2 on several nodes.
-AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
+from vit_dist.verbs.plan_text import render
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,8 +86,14 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.model import skeleton
     from vit_dist.schedule import curve, describe_rate, total_steps, warmup_steps
     from vit_dist.trainer import require_metric
+    from vit_dist.verbs.plan_strategies import weigh
 
     bundle.check(config)
+    if config.finds_batch and machines.memory is None:
+        raise UserError(
+            "per_device_train_batch_size=auto: the memory of the GPUs is not known here; give --gpu or --gpu_memory, "
+            "or a number of images"
+        )
     bench = measured.read(asked.bench) if asked.bench else None
     batch = split_batch(config, machines.processes)
     rate = scaled_learning_rate(config, batch)
@@ -107,6 +107,10 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
         world_size=batch.world_size, rank=0, seed=0, drop_last=config.training["dataloader_drop_last"],
     )  # fmt: skip
     steps = total_steps(config, sampler.steps_per_epoch)
+    if bench:
+        flops = count_flops(model, data.input_size)
+        bench.check(precision=config.precision, gflop_per_image=flops.training / 1e9, gpu=machines.gpu)
+    weighed, batch = weigh(config, machines, batch, model, data.input_size, bench, asked.strategy)
     plan: dict[str, Any] = {
         "source": config.source,
         "machines": {**asdict(machines), "processes": machines.processes},
@@ -124,133 +128,10 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
                           "recipe": config.training["learning_rate"], "actual": rate,
                           "schedule": str(config.training["lr_scheduler_type"]), "curve": curve(config, rate, steps)},
     }  # fmt: skip
-    if bench:
-        flops = count_flops(model, data.input_size)
-        bench.check(precision=config.precision, gflop_per_image=flops.training / 1e9, gpu=machines.gpu)
-    plan["bench"] = asdict(bench) if bench else None
-    plan |= _memory(config, machines, batch, data.input_size, model, bench, asked.strategy)
+    plan |= {"bench": asdict(bench) if bench else None, **weighed}
     plan["time"] = _time(config, machines, steps * batch.total, plan, asked)
     plan["config"] = config.resolved()
     return plan
-
-
-def _memory(
-    config: Config, machines: Machines, batch: Batch, side: int, model: Any, bench: measured.Measured | None, asked: str
-) -> dict[str, Any]:
-    """`strategies`: bytes on a GPU, traffic and efficiency of each; `strategy`: the one asked for or recommended, and
-    why.
-    """
-    from vit_dist.cost import memory
-    from vit_dist.strategy import mark_blocks
-
-    mark_blocks(model)
-    tensors, precision, optim = memory.Tensors.of(model), config.precision, str(config.training["optim"])
-    checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
-    saved = memory.activations(model, side, precision, checkpointing)
-    table: dict[str, dict[str, Any]] = {}
-    for name in possible(machines):
-        shards = {"single": 1, "ddp": 1, "hsdp": machines.processes // machines.replicas}.get(name, machines.processes)
-        state = memory.state(
-            name, tensors, shards=shards, precision=precision, optim=optim, accumulation=batch.accumulation
-        )
-        total = state.total + saved.of(batch.per_device) + memory.RESERVE
-        sends = scaling.sends(
-            name, weights=tensors.parameters, trained=tensors.trained_parameters, blocks=tensors.groups,
-            devices=machines.processes, shards=shards, size=4 if precision == "fp32" else 2,
-            ddp_size=2 if config.scaling.ddp_bf16_all_reduce else 4,
-        )  # fmt: skip
-        table[name] = {
-            **asdict(state),
-            "activations": saved.of(batch.per_device),
-            "reserve": memory.RESERVE,
-            "total": total,
-            "fits": None if machines.memory is None else total <= USABLE * machines.memory,
-            "traffic": scaling.traffic(sends, batch.accumulation),
-            "efficiency": None if name == "zero3_offload" else _efficiency(machines, batch, shards, sends, bench),
-            "checkpoint": memory.checkpoint_bytes(name, tensors, precision=precision, optim=optim),
-        }
-    chosen, why = _choose(asked, table, machines)
-    why += _compared(chosen, table, config.scaling.ddp_bf16_all_reduce)
-    kept = config.training["save_total_limit"]
-    return {
-        "strategy": chosen,
-        "why": why,
-        "strategies": table,
-        "fits": table[chosen]["fits"],
-        "disk": {"checkpoint": table[chosen]["checkpoint"], "kept": kept, "export": 4 * tensors.parameters},
-    }
-
-
-def _efficiency(
-    machines: Machines, batch: Batch, shards: int, sends: list[scaling.Send], bench: measured.Measured | None
-) -> Range | None:
-    """Of all GPUs, against as many alone. Needs a link where there are several GPUs."""
-    if bench is None or (machines.link is None and sends):
-        return None
-
-    def link(send: scaling.Send) -> scaling.Link:
-        # A replica's GPUs stand side by side, and its counterparts in other nodes where there are any.
-        nodes = {"world": machines.nodes, "shards": -(-shards // machines.gpus),
-                 "replicas": min(send.devices, machines.nodes)}[send.ring]  # fmt: skip
-        speed = (machines.node_link if nodes == 1 else None) or machines.link or math.inf
-        if send.ring == "replicas" and nodes > 1:
-            speed /= min(shards, machines.gpus)  # as many rings as a replica has GPUs in a node share its network
-        return scaling.Link(speed, scaling.latency(send.devices, nodes))
-
-    step = scaling.Step.of(batch.per_device / bench.step_images_per_second, batch.accumulation)
-    return dict(zip(("low", "high"), scaling.bounds(step, sends, link), strict=True))
-
-
-def _compared(chosen: str, table: dict[str, dict[str, Any]], halved: bool) -> str:
-    """What sharding is predicted to cost where it is not needed, or what it gains all the same.
-
-    `halved`: DDP sends bfloat16.
-    """
-    ranges = {name: row["efficiency"] for name, row in table.items() if row["efficiency"] and row["fits"]}
-    if "ddp" not in ranges or len(ranges) < 2:
-        return ""
-    ddp = ranges.pop("ddp")
-    fastest = max(ranges, key=lambda name: ranges[name]["low"])
-    if chosen == "ddp" and ranges[fastest]["low"] > ddp["high"]:
-        found = f"{fastest} reaches {percent(ranges[fastest])} where ddp reaches {percent(ddp)}"
-        hint = "" if halved else "; --ddp_bf16_all_reduce halves what it sends"
-        return f"; but over this link {found}{hint}"
-    other = "fsdp2" if chosen == "ddp" else chosen
-    if other not in ranges or ranges[other]["low"] >= ddp["low"] or percent(ranges[other]) == percent(ddp):
-        return ""
-    needless = "" if chosen == "ddp" else "the state fits on each GPU: "  # else the reason has it
-    return f"; {needless}{other} would reach {percent(ranges[other])} where ddp reaches {percent(ddp)}"
-
-
-def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines) -> tuple[str, str]:
-    if asked != "auto":
-        return asked, "asked for"
-    if "single" in table and table["single"]["fits"] in (None, True):
-        return "single", "one GPU: nothing to share"
-    if machines.memory is None:
-        return "ddp", "nothing is faster where it fits; give --gpu or --gpu_memory to know whether it does"
-    order = [name for name in AUTO if name in table]
-    if "hsdp" in table:
-        order.insert(order.index("fsdp2"), "hsdp")
-    for name in order:
-        if table[name]["fits"]:
-            passed = order[: order.index(name)]
-            reason = REASONS[name]
-            return name, f"{', '.join(passed)} would not fit; {reason}" if passed else reason
-    return order[
-        -1
-    ], "nothing fits; lower --per_device_train_batch_size, add --activation_checkpointing, or use more GPUs"
-
-
-REASONS = {
-    "single": "one GPU: nothing to share",
-    "ddp": "the whole training state fits on each GPU, and then nothing is faster",
-    "zero1": "sharding the optimizer state is enough; DeepSpeed waits for all that it sends",
-    "zero2": "sharding optimizer state and gradients is enough; DeepSpeed waits for all that it sends",
-    "hsdp": "a node's GPUs hold the state together, and only gradients cross nodes",
-    "fsdp2": "weights have to be sharded too; half as much traffic again as DDP",
-    "zero3_offload": "the optimizer has to move to the host, which makes each step wait for the CPU",
-}
 
 
 def _time(

@@ -21,7 +21,7 @@ def render(plan: dict[str, Any]) -> list[str]:
     lines += [
         ("model", f"{plan['model']}, {count['all']:,} parameters, {count['trained']:,} trained"),
         ("devices", f"{where}, {plan['precision']}"),
-        ("batch", str(Batch(batch["per_device"], batch["world_size"], batch["accumulation"]))),
+        ("batch", str(Batch(**{key: value for key, value in batch.items() if key != "global"}))),
         ("steps", f"{steps['epoch']:,} per epoch, {steps['all']:,} in all, {steps['warmup']:,} of warm-up"),
         ("rate", rate["description"]),
     ]  # fmt: skip
@@ -38,6 +38,7 @@ def render(plan: dict[str, Any]) -> list[str]:
         mark = "*" if name == plan["strategy"] else " "
         fits = {None: "?", True: "yes", False: "no"}[row["fits"]]
         host = f"  ({row['host'] / 1e9:.2f} on the host)" if row["host"] else ""
+        host += f"  {row['per_device']} per device" if batch["note"] else ""
         numbers = "".join(f"{row[column] / 1e9:>12.2f}" for column in columns)
         lines.append(("", f"{mark}{name:<14}{numbers}  {fits}{host}"))
     lines += _speed(plan)

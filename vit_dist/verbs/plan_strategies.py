@@ -1,0 +1,183 @@
+"""What each strategy would need and reach on given machines, and which one is recommended."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from vit_dist.auto_batch import search
+from vit_dist.batch import Batch
+from vit_dist.config import Config
+from vit_dist.cost import memory, scaling
+from vit_dist.cost.measured import Measured
+from vit_dist.strategy import mark_blocks
+from vit_dist.verbs.machines import Machines, possible
+from vit_dist.verbs.plan_text import percent
+
+# The cheapest first; hsdp before fsdp2 on several nodes.
+AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
+REASONS = {
+    "single": "one GPU: nothing to share",
+    "ddp": "the whole training state fits on each GPU, and then nothing is faster",
+    "zero1": "sharding the optimizer state is enough; DeepSpeed waits for all that it sends",
+    "zero2": "sharding optimizer state and gradients is enough; DeepSpeed waits for all that it sends",
+    "hsdp": "a node's GPUs hold the state together, and only gradients cross nodes",
+    "fsdp2": "weights have to be sharded too; half as much traffic again as DDP",
+    "zero3_offload": "the optimizer has to move to the host, which makes each step wait for the CPU",
+}
+
+
+def weigh(
+    config: Config,
+    machines: Machines,
+    batch: Batch,
+    model: PreTrainedModel,
+    side: int,
+    bench: Measured | None,
+    asked: str,
+) -> tuple[dict[str, Any], Batch]:
+    """`strategies`: bytes on a GPU, traffic and efficiency of each; `strategy`: the one asked for or recommended, and
+    `why`; `fits`; `disk`. With it the batch as that strategy splits it: each finds a micro-batch of its own if it is to
+    be found. `side` in pixels.
+    """
+    mark_blocks(model)
+    checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
+    saved = memory.activations(model, side, config.precision, checkpointing)
+    tensors = memory.Tensors.of(model)
+    each = {name: _Strategy(name, config, machines, tensors, saved).row(batch, bench) for name in possible(machines)}
+    table = {name: row for name, (row, _) in each.items()}
+    chosen, why = _choose(asked, table, machines, config.finds_batch)
+    return {
+        "strategy": chosen,
+        "why": why + _compared(chosen, table, config.scaling.ddp_bf16_all_reduce),
+        "strategies": table,
+        "fits": table[chosen]["fits"],
+        "disk": {
+            "checkpoint": table[chosen]["checkpoint"],
+            "kept": config.training["save_total_limit"],
+            "export": 4 * tensors.parameters,
+        },
+    }, each[chosen][1]
+
+
+@dataclass(frozen=True)
+class _Strategy:
+    name: str
+    config: Config
+    machines: Machines
+    tensors: memory.Tensors
+    saved: memory.Activations
+
+    @property
+    def shards(self) -> int:
+        """GPUs that share one copy of what is sharded."""
+        machines = self.machines
+        whole = {"single": 1, "ddp": 1, "hsdp": machines.processes // machines.replicas}
+        return whole.get(self.name, machines.processes)
+
+    def state(self, accumulation: int) -> memory.State:
+        return memory.state(
+            self.name, self.tensors, shards=self.shards, precision=self.config.precision,
+            optim=str(self.config.training["optim"]), accumulation=accumulation,
+        )  # fmt: skip
+
+    def total(self, share: int, images: int) -> int:
+        """Bytes on a GPU that takes so many images of its `share` at once."""
+        return self.state(share // images).total + self.saved.of(images) + memory.RESERVE
+
+    def row(self, batch: Batch, bench: Measured | None) -> tuple[dict[str, Any], Batch]:
+        """Its line of the table, and the batch as it is split for it."""
+        room = None if self.machines.memory is None else int(memory.USABLE * self.machines.memory)
+        share = batch.per_device * batch.accumulation
+        if self.config.finds_batch and room is not None:
+            found = search(batch.sizes, partial(self.total, share), room)
+            batch = batch.split_into(found.size or 1, f"auto, by the memory model: {found.reason}")
+        total = self.total(share, batch.per_device)
+        sends = self._sends()
+        return {
+            "per_device": batch.per_device,
+            **asdict(self.state(batch.accumulation)),
+            "activations": self.saved.of(batch.per_device),
+            "reserve": memory.RESERVE,
+            "total": total,
+            "fits": None if room is None else total <= room,
+            "traffic": scaling.traffic(sends, batch.accumulation),
+            "efficiency": None if self.name == "zero3_offload" else self._efficiency(batch, sends, bench),
+            "checkpoint": memory.checkpoint_bytes(
+                self.name, self.tensors, precision=self.config.precision, optim=str(self.config.training["optim"])
+            ),
+        }, batch
+
+    def _sends(self) -> list[scaling.Send]:
+        tensors, config = self.tensors, self.config
+        return scaling.sends(
+            self.name, weights=tensors.parameters, trained=tensors.trained_parameters, blocks=tensors.groups,
+            devices=self.machines.processes, shards=self.shards, size=4 if config.precision == "fp32" else 2,
+            ddp_size=2 if config.scaling.ddp_bf16_all_reduce else 4,
+        )  # fmt: skip
+
+    def _efficiency(self, batch: Batch, sends: list[scaling.Send], bench: Measured | None) -> dict[str, float] | None:
+        """Of all GPUs, against as many alone: `low` with nothing overlapped, `high` with all that can be.
+
+        Needs a link where there are several GPUs.
+        """
+        machines = self.machines
+        if bench is None or (machines.link is None and sends):
+            return None
+
+        def link(send: scaling.Send) -> scaling.Link:
+            # A replica's GPUs stand side by side, and its counterparts in other nodes where there are any.
+            nodes = {"world": machines.nodes, "shards": -(-self.shards // machines.gpus),
+                     "replicas": min(send.devices, machines.nodes)}[send.ring]  # fmt: skip
+            speed = (machines.node_link if nodes == 1 else None) or machines.link or math.inf
+            if send.ring == "replicas" and nodes > 1:
+                rings = min(self.shards, machines.gpus)  # share a node's network: one for each GPU of a replica
+                speed /= rings
+            return scaling.Link(speed, scaling.latency(send.devices, nodes))
+
+        step = scaling.Step.of(batch.per_device / bench.step_images_per_second, batch.accumulation)
+        return dict(zip(("low", "high"), scaling.bounds(step, sends, link), strict=True))
+
+
+def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, finds_batch: bool) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, "asked for"
+    if "single" in table and table["single"]["fits"] in (None, True):
+        return "single", "one GPU: nothing to share"
+    if machines.memory is None:
+        return "ddp", "nothing is faster where it fits; give --gpu or --gpu_memory to know whether it does"
+    order = [name for name in AUTO if name in table]
+    if "hsdp" in table:
+        order.insert(order.index("fsdp2"), "hsdp")
+    for name in order:
+        if table[name]["fits"]:
+            passed = order[: order.index(name)]
+            reason = REASONS[name]
+            return name, f"{', '.join(passed)} would not fit; {reason}" if passed else reason
+    lower = "not even one image at once;" if finds_batch else "lower --per_device_train_batch_size,"
+    return order[-1], f"nothing fits; {lower} add --activation_checkpointing, or use more GPUs"
+
+
+def _compared(chosen: str, table: dict[str, dict[str, Any]], halved: bool) -> str:
+    """What sharding is predicted to cost where it is not needed, or what it gains all the same.
+
+    `halved`: DDP sends bfloat16.
+    """
+    ranges = {name: row["efficiency"] for name, row in table.items() if row["efficiency"] and row["fits"]}
+    if "ddp" not in ranges or len(ranges) < 2:
+        return ""
+    ddp = ranges.pop("ddp")
+    fastest = max(ranges, key=lambda name: ranges[name]["low"])
+    if chosen == "ddp" and ranges[fastest]["low"] > ddp["high"]:
+        found = f"{fastest} reaches {percent(ranges[fastest])} where ddp reaches {percent(ddp)}"
+        hint = "" if halved else "; --ddp_bf16_all_reduce halves what it sends"
+        return f"; but over this link {found}{hint}"
+    other = "fsdp2" if chosen == "ddp" else chosen
+    if other not in ranges or ranges[other]["low"] >= ddp["low"] or percent(ranges[other]) == percent(ddp):
+        return ""
+    needless = "" if chosen == "ddp" else "the state fits on each GPU: "  # else the reason has it
+    return f"; {needless}{other} would reach {percent(ranges[other])} where ddp reaches {percent(ddp)}"
