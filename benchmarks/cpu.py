@@ -26,8 +26,8 @@ from transformers import TrainerCallback, ViTImageProcessor
 SIDE, STEPS, WARM_UP = 32, 150, 20
 OURS: dict[str, list[str]] = {
     "ours, batch 16": ["--per_device_train_batch_size", "16"],
-    "ours, batch 64": ["--per_device_train_batch_size", "64"],
-    "ours, batch 16, processor": ["--per_device_train_batch_size", "16", "--image_source", "processor"],
+    "ours, batch 16, resident": ["--per_device_train_batch_size", "16", "--image_source", "resident"],
+    "ours, batch 128, resident": ["--per_device_train_batch_size", "128", "--image_source", "resident"],
 }
 
 

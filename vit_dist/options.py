@@ -69,8 +69,8 @@ class DataOptions:
         "Where the pixels of a batch are made. `resident`: images of one size are decoded once and lie as bytes in the "
         "device's memory; crops, mirroring and normalisation are made there. `cache`: images are decoded and shrunk "
         "once, into a file from which data loading processes crop; the device normalises. `stream`: they decode and "
-        "crop the images themselves. `processor`: all on the CPU, by the model's image processor. `auto`: on GPUs the "
-        "first of these that can be (a cache if it pays), on CPUs the processor.",
+        "crop the images themselves. `processor`: all on the CPU, by the model's image processor. `auto`: on GPUs "
+        "resident, else stream, on CPUs the processor.",
         choices=["auto", "resident", "cache", "stream", "processor"],
     )
     cache_dir: str | None = _option(

@@ -29,7 +29,11 @@ class StepSeeds(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         key = np.random.SeedSequence((args.seed, state.global_step, args.process_index))
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # all devices
+        seed = int(key.generate_state(1, np.uint64)[0])
+        if args.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would note a stack for every kind of GPU
+        else:
+            torch.manual_seed(seed)  # all devices
 
 
 class LastStep(TrainerCallback):
