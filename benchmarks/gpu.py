@@ -12,11 +12,14 @@ ViT-B/16 at 224 pixels, random weights, bf16 unless a peer's recipe says otherwi
   and AdamW on a batch that stays, ours and timm's turn by turn (ABCDDCBA)
 - tutorial, hf_example: the peers' own Trainer, same images
 - photos: batches of JPEGs as the data loading processes hand them over, without a model
+- auto: what --per_device_train_batch_size auto finds, and the peak of a run with it
+- exact: a run that is stopped and goes on against one that nothing happens to, to the bit
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import statistics
@@ -35,7 +38,7 @@ from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, 
 
 from vit_dist.cost.flops import count_flops
 
-PARTS = ("train", "step", "hf_example", "tutorial", "photos")
+PARTS = ("train", "step", "hf_example", "tutorial", "photos", "auto", "exact")
 PATIENCE = 150  # seconds for a part
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -202,8 +205,8 @@ class Bench:
         options = DataOptions(data=str(self.folder_of_photos), verify_images=False, cache_dir=str(self.root / "cache"))
         data = build_data(options, ModelOptions(model=str(self.folder)), 0, lambda title: lambda done, total: None)
         found: dict[str, Any] = {"workers": self.workers, "images_per_second": {}}
-        for source in ("stream", "processor"):
-            placed, pixels, _ = place_images(data, source, DEVICE, self.workers)
+        for source in ("stream", "cache", "processor"):
+            placed, pixels, _ = place_images(data, source, DEVICE, self.workers, cache_dir=options.cache_dir)
             keys = (list(range(begin, begin + self.batch)) for begin in itertools.count(0, self.batch))
             loader = torch.utils.data.DataLoader(
                 placed.train, batch_sampler=keys, collate_fn=collate, num_workers=self.workers, pin_memory=GPU
@@ -220,6 +223,42 @@ class Bench:
             found["images_per_second"][source] = seen / (settle() - begin)
         found["decoded"] = [placed.train.decoded(index).size for index in range(3)]
         return found
+
+    def _flags(self, **more: Any) -> list[str]:
+        few = {"max_train_samples": 2048 if not self.small else 160, "max_eval_samples": 64, "max_predict_samples": 64}
+        flags = {
+            "data": self.cifar10, "model": self.folder, "from_scratch": True, "bf16": True, "verify_images": False,
+            "report_to": "none", "cache_dir": self.root / "cache", **few, **more,
+        }  # fmt: skip
+        return [word for key, value in flags.items() for word in (f"--{key}", str(value).replace("True", "true"))]
+
+    def auto(self) -> dict[str, Any]:
+        from vit_dist.config import load_config
+        from vit_dist.verbs import bench
+
+        sizes = {"per_device_train_batch_size": "auto", "global_batch_size": 64 if self.small else 1024}
+        found = bench.run(load_config(self._flags(**sizes)), 2 if self.small else 5)
+        keys = ("batch", "peak_memory_bytes", "step_images_per_second")
+        return {key: found.get(key) for key in keys}
+
+    def exact(self) -> dict[str, Any]:
+        """Each attempt in a process of its own; the stopped one is asked to leave after a few seconds."""
+        prints = {}
+        sizes = {"per_device_train_batch_size": self.batch, "max_steps": 16, "logging_steps": 1, "save_steps": 4}
+        for name, stops in (("whole", ()), ("stopped", ("--max_time", "20s"))):
+            words = self._flags(output_dir=self.root / name, **sizes)
+            codes = []
+            while not codes or codes[-1] == 75:
+                command = [sys.executable, "-m", "vit_dist.train", *words, *(stops if len(codes) == 0 else ())]
+                codes.append(subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode)
+            rows = [json.loads(line) for line in (self.root / name / "metrics.jsonl").read_text().splitlines()]
+            weights = (self.root / name / "best/model.safetensors").read_bytes()
+            prints[name] = {
+                "codes": codes, "weights": hashlib.sha256(weights).hexdigest(),
+                "losses": [row["loss"] for row in rows if "loss" in row],
+            }  # fmt: skip
+        same = all(prints["whole"][key] == prints["stopped"][key] for key in ("weights", "losses"))
+        return {"same_bits": same, **prints}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import load_config
 from vit_dist.data.sampler import GlobalBatchSampler
 from vit_dist.distributed import Channel
+from vit_dist.metrics import ClassificationMetrics
 from vit_dist.trainer import ExactTrainer
 
 
@@ -40,9 +41,8 @@ def overwrite(model: torch.nn.Module) -> None:
 def exact_trainer(model: Any, folder: Path) -> ExactTrainer:
     batches = GlobalBatchSampler(4, per_device_batch=2, gradient_accumulation=1, world_size=1, rank=0, seed=0)
     writer = CheckpointWriter(load_config(["--output_dir", str(folder)]), Channel())
-    return ExactTrainer(
-        batches=batches, model=model, args=arguments(folder), compute_metrics=lambda prediction: {}, writer=writer
-    )
+    metrics = ClassificationMetrics(["a", "b"])
+    return ExactTrainer(batches=batches, model=model, args=arguments(folder), metrics=metrics, writer=writer)
 
 
 def save(trainer: ExactTrainer, model: Any, step: int) -> Path:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import results, rows, run, run_until_step, write_photos
 
+from vit_dist.callbacks.speed import KEYS
+
 ARGS = [
     "--max_steps", 60, "--learning_rate", "3e-3", "--logging_steps", 1, "--save_steps", 7, "--save_total_limit", 20,
     "--per_device_train_batch_size", 8, "--report_to", "none", "--lr_scheduler_type", "cosine",
@@ -51,7 +53,7 @@ def test_the_optimizer_is_bit_identical(pair: tuple[Path, Path]) -> None:
 
 
 def test_metrics_have_every_row_once_and_equal(pair: tuple[Path, Path]) -> None:
-    timing = ("runtime", "per_second")
+    timing = ("runtime", "per_second", *KEYS)
     whole, killed = ([{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows(f)] for f in pair)
     assert [row["step"] for row in killed if "loss" in row] == list(range(1, 61))
     assert whole == killed
