@@ -102,6 +102,38 @@ def test_batches_are_waited_for(now: list[float]) -> None:
     assert time.read() == (9.0, {"data": 6.0})
 
 
+def test_nothing_grows_where_nobody_reads(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a mark of a GPU wait for it: events are made up, of which the device has not passed the last three."""
+
+    made: list[Event] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+            made.append(self)
+
+        def query(self) -> bool:
+            return self not in made[-3:]
+
+        def synchronize(self) -> None:
+            assert self.query() or reading, "only a reading waits"
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(clock.torch.cuda, "Event", Event)
+    reading, time = False, clock.Clock(torch.device("cuda"))
+    for _ in range(100):
+        with time.waiting("data"):
+            now[0] += 1.0
+        assert len(time._pending) <= 2
+    reading = True
+    assert time.read() == (100.0, {"data": 100.0})
+
+
 @pytest.fixture(scope="module")
 def two(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speed") / "run"

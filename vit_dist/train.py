@@ -16,7 +16,6 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from vit_dist import bundle, console, distributed, entry, stop
@@ -106,11 +105,12 @@ def fit(
     attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
     trainer.facts = attempts.manifest_facts(attempt, batch)
     processes = distributed.gather((socket.gethostname(), os.getpid()))
-    open_trackers = partial(trackers.open_trackers, config, attempt, facts, trainer, data.input_size)
     if config.run.profile:
         trainer.add_callback(Profile(config.output_dir / "profile", config.run.profile, args.process_index))
     with failure.recorded(config.output_dir, attempt, trainer.whereabouts, processes):
-        reporting = open_trackers() if args.process_index == 0 else None
+        reporting = None
+        if args.process_index == 0:
+            reporting = trackers.open_trackers(config, attempt, facts, trainer, data.input_size)
         console.say(*summary.describe(config, attempt, built, batch, asked, idle_gpus, reporting))
         try:
             stop.defer()

@@ -15,9 +15,8 @@ from vit_dist.clock import Clock
 logger = logging.getLogger("vit_dist")
 
 RATE, MFU = "images_per_second", "mfu"
-WAITS = ("data_wait", "communication_wait", "checkpoint_wait")
-KEYS = (RATE, MFU, *WAITS)  # of a row; they differ from attempt to attempt
 STARVING = {"data_wait": 0.2, "communication_wait": 0.25, "checkpoint_wait": 0.1}  # shares worth a word
+KEYS = (RATE, MFU, *STARVING)  # of a row; they differ from attempt to attempt
 ENOUGH = 20  # steps after which a word is said
 
 
