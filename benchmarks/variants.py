@@ -1,14 +1,17 @@
 """What each choice in the train step is worth: one process, ViT-B/16 at 224 pixels, 256 images that stay on the GPU.
 
-    python benchmarks/variants.py OUT.json [blocks blocks-res-patch whole-fused timm ...]
+    python benchmarks/variants.py OUT.json [--profile] [blocks blocks-res-patch whole-fused timm ...]
 
 A name is `eager`, `timm`, `timm_cl` (channels last), or `blocks` or `whole` (what is compiled) with any of: `fused`
-(one product for query, key and value), `res` (bf16 residual), `patch` (the patch embedding as a matrix product).
-Forward in bf16 autocast, cross-entropy, backward, clipping, fused AdamW; medians of three times 20 steps.
+(one product for query, key and value), `class` (the last block for the class token alone), `res` (bf16 residual), `patch` (the patch embedding as a matrix product),
+`cudnn`, `flash`, `efficient` (the kernels of attention), `tuned` (Inductor chooses among its own matrix products too).
+Forward in bf16 autocast, cross-entropy, backward, clipping, fused AdamW; medians of three times 20 steps. Also whether
+two backward passes give the same bits, and with --profile the kernels that take longest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -18,13 +21,20 @@ import torch
 from record import record
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from vit_dist.blocks import bf16_residual, compile_blocks, patches_by_matmul
+from vit_dist.blocks import compile_blocks
+from vit_dist.rewrites import bf16_residual, class_token_only, patches_by_matmul
 
 ALL = ("blocks", "timm", "blocks-fused-res", "whole-fused-res", "whole-fused", "blocks-fused", "timm_cl",
        "blocks-res-patch", "eager")  # fmt: skip
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 BATCH, DEVICE = 256, "cuda"
 
 
@@ -56,17 +66,25 @@ def make(name: str) -> tuple[nn.Module, Any, torch.Tensor]:
         for module in model.modules():
             if type(module) is ViTAttention:
                 module.__class__ = FusedAttention
+    if "class" in options:
+        class_token_only(model)
     if "res" in options:
         bf16_residual(model)
     if "patch" in options:
         patches_by_matmul(model, {})
     if what == "blocks":
-        compile_blocks(model, {})
+        compile_blocks(model, {"mode": "max-autotune-no-cudagraphs"} if "tuned" in options else {})
     call = torch.compile(model, dynamic=False) if what == "whole" else model
     return model, lambda pixels: call(pixel_values=pixels).logits, images
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, profiled: bool) -> dict[str, Any]:
+    kernels = [kernel for option, kernel in KERNELS.items() if option in name.split("-")]
+    with sdpa_kernel(kernels) if kernels else contextlib.nullcontext():
+        return _measure(name, profiled)
+
+
+def _measure(name: str, profiled: bool) -> dict[str, Any]:
     torch.compiler.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -87,22 +105,38 @@ def measure(name: str) -> dict[str, Any]:
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
+    def gradients() -> list[torch.Tensor]:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            logits = call(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        found = [parameter.grad.clone() for parameter in parameters]
+        optimizer.zero_grad(set_to_none=True)
+        return found
+
     first = steps(5)
     median = statistics.median(steps(20) / 20 for _ in range(3))
+    same = all(torch.equal(*pair) for _ in range(5) for pair in zip(gradients(), gradients(), strict=True))
+    if profiled:
+        with torch.profiler.profile() as profile:
+            steps(3)
+        sys.stderr.write(name + "\n" + profile.key_averages().table(sort_by="self_device_time_total", row_limit=40,
+                         max_name_column_width=90) + "\n")  # fmt: skip
     return {
         "milliseconds": median * 1e3,
         "images_per_second": BATCH / median,
         "first_five_steps_seconds": first,
+        "same_bits": same,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
 
 def main() -> None:
-    out, *names = sys.argv[1:]
+    profiled = "--profile" in sys.argv
+    out, *names = (word for word in sys.argv[1:] if word != "--profile")
     versions = ("torch", "transformers", "timm")
     found: dict[str, Any] = {}
     for name in names or ALL:
-        found[name] = measure(name)
+        found[name] = measure(name, profiled)
         record(__file__, out, versions, torch.cuda.get_device_name(), batch=BATCH, steps=found)
 
 

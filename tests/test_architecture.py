@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "options", "settings_file"},
     "console": set(),
     "verbs.parser": {"errors"},
-    "cost.flops": set(),
+    "cost.flops": {"rewrites"},
     "build": {
         "arguments", "auto_batch", "batch", "blocks", "console", "distributed", "strategy", "checkpoint.writer",
         "config", "data.pipeline", "data.pixels", "data.resident", "errors", "metrics.__init__", "model", "trainer",
@@ -61,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "data.resident": {
         "distributed", "errors", "data.dataset", "data.image_cache", "data.pipeline", "data.pixels",
     },
-    "blocks": {"errors", "data.pixels"},
+    "blocks": {"rewrites", "data.pixels"},
+    "rewrites": {"errors"},
     "data.pipeline": {"options",
         "config", "data.dataset", "data.decode", "data.source", "data.split", "data.transforms", "data.verify",
     },

@@ -1,8 +1,7 @@
-"""The model computes the same, faster: what is replaced within it, and that compiling happens once."""
+"""Blocks are found, and compiled once."""
 
 from __future__ import annotations
 
-import copy
 import shutil
 import sys
 from typing import Any
@@ -11,18 +10,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
-from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from vit_dist.blocks import (
     Compilation,
-    bf16_residual,
     choose_compilation,
     compile_blocks,
-    patches_by_matmul,
-    repeated_blocks,
     speed_up,
 )
-from vit_dist.errors import UserError
+from vit_dist.rewrites import bf16_residual, patches_by_matmul
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HOW = {"backend": "inductor" if shutil.which("g++") else "aot_eager"}
@@ -47,46 +43,6 @@ def gradients(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     F.cross_entropy(model(pixel_values=images).logits.float(), torch.tensor([0, 1, 0, 1])).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_patch_embedding_is_the_same_as_a_matrix_product(
-    model: ViTForImageClassification, images: torch.Tensor, compiled: bool
-) -> None:
-    names, expected, logits = list(model.state_dict()), gradients(model, images), model(images).logits
-    assert patches_by_matmul(model, HOW if compiled else None)
-    assert list(model.state_dict()) == names
-    assert torch.allclose(model(images).logits, logits, atol=1e-6)
-    got = gradients(model, images)
-    assert all(torch.allclose(got[name], expected[name], atol=1e-6) for name in expected)
-
-
-def test_convolutions_that_are_none_of_patches_are_left_alone() -> None:
-    model = ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert patches_by_matmul(model)
-    assert [type(m) is torch.nn.Conv2d for m in convolutions] == [False] + [True] * (len(convolutions) - 1)
-    with pytest.raises(UserError, match="bf16_residual"):
-        bf16_residual(model)
-
-
-def test_a_bf16_residual_is_narrow_between_blocks_and_nowhere_else(
-    model: ViTForImageClassification, images: torch.Tensor
-) -> None:
-    original, seen = copy.deepcopy(model), []
-    bf16_residual(model)
-    for block in repeated_blocks(model)[0]:
-        block.register_forward_hook(lambda module, args, output: seen.extend([args[0].dtype, output.dtype]))
-    assert torch.equal(model(images).logits, original(images).logits), "without autocast nothing changes"
-    assert set(seen) == {torch.float32}
-    seen.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        narrow, wide = model(images).logits, original(images).logits
-    assert set(seen) == {torch.bfloat16}
-    assert not torch.equal(narrow, wide) and torch.allclose(narrow.float(), wide.float(), atol=0.03)
-    assert {name: value.dtype for name, value in model.state_dict().items()} == {
-        name: torch.float32 for name in original.state_dict()
-    }
 
 
 def test_steps_and_evaluations_are_compiled_once_each(model: ViTForImageClassification, images: torch.Tensor) -> None:
