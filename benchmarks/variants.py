@@ -2,9 +2,10 @@
 
     python benchmarks/variants.py OUT.json [--profile] [blocks blocks-res-patch whole-fused timm ...]
 
-A name is `eager`, `timm`, `timm_cl` (channels last), or `blocks` or `whole` (what is compiled) with any of: `fused`
-(one product for query, key and value), `class` (the last block for the class token alone), `res` (bf16 residual), `patch` (the patch embedding as a matrix product),
-`cudnn`, `flash`, `efficient` (the kernels of attention), `tuned` (Inductor chooses among its own matrix products too).
+A name is `eager`, `timm`, `timm_cl` (channels last), or `blocks` or `whole` (what is compiled) with any of: `class`
+(the last block for the class token alone), `res` (bf16 residual), `patch` (the patch embedding as a matrix product),
+`fused` (one product for query, key and value), `cudnn`, `flash`, `efficient` (the kernels of attention), `tuned`
+(Inductor chooses among its own matrix products too).
 Forward in bf16 autocast, cross-entropy, backward, clipping, fused AdamW; medians of three times 20 steps. Also whether
 two backward passes give the same bits, and with --profile the kernels that take longest.
 """

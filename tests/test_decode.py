@@ -307,7 +307,7 @@ def test_lack_of_memory_is_not_a_bad_image(monkeypatch):
 
     monkeypatch.setattr(Image.Image, "convert", fail)
     with pytest.raises(MemoryError):
-        decode(png(), RULES)
+        decode(encoded(Image.new("L", (4, 4))), RULES)
 
 
 def test_no_warnings_reach_the_user(tmp_path):

@@ -214,7 +214,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     elif image.mode == "LAB":
         return _lab_to_rgb(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     pixels = image.convert("RGBA")
     behind = Image.new("RGBA", pixels.size, (*background, 255))
     return Image.alpha_composite(behind, pixels).convert("RGB")
