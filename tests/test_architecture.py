@@ -27,7 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "build": {
         "arguments", "auto_batch", "batch", "blocks", "console", "distributed", "strategy", "checkpoint.writer",
         "config", "data.pipeline", "data.pixels", "data.resident", "errors", "metrics.__init__", "model", "trainer",
+        "cost.flops", "cost.peak", "loading",
     },
+    "loading": {"data.dataset"},
     "verbs.bench": {"cost.peak",
         "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
         "cost.flops", "run.run_folder", "strategy", "verbs.parser",

@@ -100,5 +100,8 @@ def reporters(config: Config) -> list[str]:
 
 
 def _spare_cores() -> int:
-    """Data loading workers for this process: its share of the cores it may use, less one for itself, at most 8."""
-    return min(8, distributed.cores() - 1)
+    """Data loading workers for this process: its share of the cores it may use, less one for itself, at most 16.
+
+    More than are needed, perhaps: `build` takes fewer once it knows the images and the device.
+    """
+    return min(16, distributed.cores() - 1)

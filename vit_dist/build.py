@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
-from vit_dist import blocks, console, distributed, strategy
+from vit_dist import blocks, console, distributed, loading, strategy
 from vit_dist.arguments import build_arguments
 from vit_dist.auto_batch import find_batch
 from vit_dist.batch import Batch
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import Config
+from vit_dist.cost.flops import count_flops
+from vit_dist.cost.peak import matmul_flops
 from vit_dist.data.pipeline import ImageData, build_data
 from vit_dist.data.pixels import Pixels
 from vit_dist.data.resident import place_images
@@ -62,10 +64,25 @@ def build(
     if source == "resident":
         args.dataloader_num_workers, args.dataloader_persistent_workers, args.dataloader_pin_memory = 0, False, False
         args.dataloader_prefetch_factor = None
+    elif args.device.type == "cuda" and config.training["dataloader_num_workers"] is None:
+        args.dataloader_num_workers, note = _workers(config, args, data, model.model)
+        data.description.append(note)
     compilation = blocks.choose_compilation(config.training, asked, args.device)
     blocks.speed_up(model.model, pixels, compilation, config.model.bf16_residual, args.device)
     trainer = build_trainer(config, args, data, model.model, metrics, writer, pixels, compilation.on)
     return Built(batch, data, model, metrics, trainer, compilation, source)
+
+
+def _workers(config: Config, args: TrainingArguments, data: ImageData, model: PreTrainedModel) -> tuple[int, str]:
+    """How many processes load data, no more than there are cores for, and what to say of it."""
+    most, seconds = args.dataloader_num_workers, loading.seconds_per_image(data.train)
+    flop, peak = count_flops(model, data.input_size).training, matmul_flops(args.device, config.precision)
+    taken = loading.images_per_second(flop, peak)
+    workers = loading.workers_needed(seconds, taken, most) if most else 0
+    return (
+        workers,
+        f"{workers} data loading processes: {seconds * 1e3:.1f} ms an image, the GPU may take {taken:,.0f}/s",
+    )
 
 
 def _placed(

@@ -137,6 +137,7 @@ class ExactTrainer(ResumableTrainer):
         if bf16_all_reduce:
             ddp.comm_hook = DDPCommunicationHookType.BF16
         self._last_index = torch.empty(0, dtype=torch.int64)  # the images of the last micro-batch
+        self._copies: torch.cuda.Stream | None = None
         self._outcomes: list[torch.Tensor] = []  # of an evaluation at hand, see `evaluation_loop`
         self._logits: list[torch.Tensor] | None = None
         # Since the last look at them: (step, index, loss) of each image, (step, norm) of each gradient.
@@ -225,17 +226,30 @@ class ExactTrainer(ResumableTrainer):
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On the device, bytes made into the model's input. Pinned memory is copied while the host goes on.
+        """On the device, bytes made into the model's input. The host waits for neither.
 
         Overridden private method: upstream waits for each copy, and has no place of its own for work on the device.
         tests/test_sources.py notices when it is no longer called.
         """
-        device = self.args.device
-        inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+        inputs = self._copied(inputs)
         boxes, mirrored = inputs.pop("boxes", None), inputs.pop("mirrored", None)
         if self.pixels is not None and inputs["pixel_values"].dtype == torch.uint8:
             inputs["pixel_values"] = self.pixels(inputs["pixel_values"], boxes, mirrored)
         return super()._prepare_inputs(inputs)  # DeepSpeed's precision
+
+    def _copied(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """On the device. A GPU copies in a stream of its own, while it computes the step before."""
+        device = self.args.device
+        if device.type != "cuda" or all(value.device == device for value in batch.values()):
+            return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        self._copies = self._copies or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._copies):
+            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        step = torch.cuda.current_stream(device)
+        step.wait_stream(self._copies)
+        for value in batch.values():
+            value.record_stream(step)  # its memory belongs to the other stream, which must not use it again before
+        return batch
 
     def stop_unless_finite(self) -> None:
         """What is not finite among the steps since the last look (all ranks participate; they wait for the device)."""

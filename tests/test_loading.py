@@ -1,0 +1,44 @@
+"""How many processes load data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vit_dist.data.pipeline import build_data
+from vit_dist.data.resident import place_images
+from vit_dist.loading import images_per_second, seconds_per_image, workers_needed
+from vit_dist.options import DataOptions, ModelOptions
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "flop", "most", "workers"),
+    [
+        (2.0, 100e9, 32, 20),  # ViT-B/16 at 224 pixels on an H100: 4,800 a second at most
+        (2.0, 100e9, 15, 15),
+        (2.0, 1300e9, 32, 2),  # a large model
+        (0.01, 1300e9, 32, 1),
+        (2.0, 1e6, 16, 16),  # a tiny one
+    ],
+)
+def test_workers_follow_from_the_images_and_the_device(
+    milliseconds: float, flop: float, most: int, workers: int
+) -> None:
+    assert workers_needed(milliseconds / 1e3, images_per_second(flop, 800e12), most) == workers
+
+
+@pytest.mark.parametrize("source", ["processor", "stream"])
+def test_images_are_timed_as_one_process_loads_them(source: str) -> None:
+    options = DataOptions(max_train_samples=80, max_eval_samples=20, max_predict_samples=20)
+    data = build_data(options, ModelOptions(model="tiny"), 0, lambda title: lambda done, total: None)
+    placed, _, _ = place_images(data, source, torch.device("cpu"), 0)
+    asked, threads, seen = [], torch.get_num_threads(), type(placed.train).__getitems__
+
+    class Noting(type(placed.train)):
+        def __getitems__(self, keys):
+            asked.append((len(keys), torch.get_num_threads()))
+            return seen(self, keys)
+
+    placed.train.__class__ = Noting
+    assert 0 < seconds_per_image(placed.train) < 1
+    assert asked == [(1, 1), (64, 1)] and torch.get_num_threads() == threads
