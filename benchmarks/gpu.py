@@ -11,7 +11,7 @@ ViT-B/16 at 224 pixels, random weights, bf16 unless a peer's recipe says otherwi
 - step: an 8192 x 8192 x 8192 bf16 matrix product and a copy within the device's memory; forward, backward
   and AdamW on a batch that stays, ours and timm's turn by turn (ABCDDCBA)
 - tutorial, hf_example: the peers' own Trainer, same images
-- photos: batches of JPEGs as the data loading processes hand them over, without a model
+- photos: batches of JPEGs as the data loading processes hand them over, without a model; a training on them, streamed
 - auto: what --per_device_train_batch_size auto finds, and the peak of a run with it
 - exact: a run that is stopped and goes on against one that nothing happens to, to the bit
 """
@@ -111,10 +111,11 @@ class Bench:
             target.copy_(source)
         return {"matmul_flops": flops, "copy_bytes_per_second": 20 * len(source) / (settle() - begin)}
 
-    def train(self) -> dict[str, Any]:
+    def _trained(self, flags: dict[str, Any], clock: Clock) -> tuple[Any, Any]:
+        """The trainer and the test split of a run of `vit_dist.train` in this process."""
         from vit_dist import train, trainer
 
-        clock, made = Clock(10 if self.small else 30, self.batch, range(5, 8) if self.small else range(20, 28)), []
+        made: list[tuple[Any, Any]] = []
         build = trainer.build_trainer
 
         def with_clock(*args: Any, **kwargs: Any) -> Any:
@@ -123,23 +124,29 @@ class Bench:
             return made[0][0]
 
         trainer.build_trainer = with_clock
+        every = {
+            "model": self.folder, "from_scratch": True, "output_dir": self.root / "run", "bf16": True,
+            "bf16_residual": True, "per_device_train_batch_size": self.batch, "per_device_eval_batch_size": 500,
+            "verify_images": False, "report_to": "none", "cache_dir": self.root / "cache", "learning_rate": 1e-4,
+        }  # fmt: skip
+        code = train.main(_words(every | flags))
+        trainer.build_trainer = build
+        if code:
+            raise RuntimeError(f"vit_dist.train ended with {code}")
+        return made[0]
+
+    def train(self) -> dict[str, Any]:
+        clock = Clock(10 if self.small else 30, self.batch, range(5, 8) if self.small else range(20, 28))
         flags: dict[str, Any] = {
-            "data": self.cifar10, "model": self.folder, "from_scratch": True, "output_dir": self.root / "run",
-            "bf16": True, "bf16_residual": True, "num_train_epochs": 1, "per_device_train_batch_size": self.batch,
-            "per_device_eval_batch_size": 500, "train_val_split": 0.02, "verify_images": False, "report_to": "none",
-            "logging_steps": 50, "learning_rate": 1e-4, "cache_dir": self.root / "cache",
+            "data": self.cifar10, "num_train_epochs": 1, "train_val_split": 0.02, "logging_steps": 50,
         }  # fmt: skip
         if self.small:
             flags |= {"image_source": "resident", "max_train_samples": 160, "max_eval_samples": 40,
                       "max_predict_samples": 40, "per_device_eval_batch_size": 16, "torch_compile": True}  # fmt: skip
         begin = time.perf_counter()
-        code = train.main(
-            [word for key, value in flags.items() for word in (f"--{key}", str(value).replace("True", "true"))]
-        )
+        (one, test), tested = self._trained(flags, clock), {}
         seconds = time.perf_counter() - begin
-        if code:
-            raise RuntimeError(f"vit_dist.train ended with {code}")
-        (one, test), tested = made[0], {}
+        rows = [json.loads(line) for line in (self.root / "run/metrics.jsonl").read_text().splitlines()]
         for _ in range(2):
             begin = settle()
             output = one.predict(test)
@@ -155,6 +162,7 @@ class Bench:
             "watched_steps": len(clock.watched),
             "job_seconds": seconds,
             "prediction": tested,
+            "last_row": [row for row in rows if "loss" in row][-1],
             "input_alone_images_per_second": count / (settle() - begin),
         }
 
@@ -218,10 +226,17 @@ class Bench:
             for batch in batches:
                 values = batch["pixel_values"].to(DEVICE, non_blocking=True)
                 seen += len(values if pixels is None else pixels(values, None, None))
-                if time.perf_counter() - begin > (2 if self.small else 8):
+                if time.perf_counter() - begin > (2 if self.small else 6):
                     break
             found["images_per_second"][source] = seen / (settle() - begin)
-        found["decoded"] = [placed.train.decoded(index).size for index in range(3)]
+            found["decoded"] = [placed.train.decoded(index).size for index in range(3)]
+        clock = Clock(3 if self.small else 20, self.batch)
+        steps = {"max_steps": 6 if self.small else 60, "eval_strategy": "no", "load_best_model_at_end": False}
+        flags = {"data": self.folder_of_photos, "image_source": "stream", "save_strategy": "no", **steps}
+        one, _ = self._trained(flags, clock)
+        found["trained"] = {
+            "images_per_second": clock.images_per_second, "processes": one.args.dataloader_num_workers,
+        }  # fmt: skip
         return found
 
     def _flags(self, **more: Any) -> list[str]:
@@ -230,7 +245,7 @@ class Bench:
             "data": self.cifar10, "model": self.folder, "from_scratch": True, "bf16": True, "verify_images": False,
             "report_to": "none", "cache_dir": self.root / "cache", **few, **more,
         }  # fmt: skip
-        return [word for key, value in flags.items() for word in (f"--{key}", str(value).replace("True", "true"))]
+        return _words(flags)
 
     def auto(self) -> dict[str, Any]:
         from vit_dist.config import load_config
@@ -244,7 +259,7 @@ class Bench:
     def exact(self) -> dict[str, Any]:
         """Each attempt in a process of its own; one run is asked to leave after a few steps."""
         prints = {}
-        sizes = {"per_device_train_batch_size": self.batch, "max_steps": 60, "logging_steps": 1, "save_steps": 20}
+        sizes = {"per_device_train_batch_size": self.batch, "max_steps": 40, "logging_steps": 1, "save_steps": 20}
         for name in ("whole", "stopped"):
             command = [sys.executable, "-m", "vit_dist.train", *self._flags(output_dir=self.root / name, **sizes)]
             codes = [_stopped_after(5, self.root / name / "metrics.jsonl", command)] if name == "stopped" else []
@@ -259,6 +274,10 @@ class Bench:
             }  # fmt: skip
         same = all(prints["whole"][key] == prints["stopped"][key] for key in ("weights", "losses"))
         return {"same_bits": same, **prints}
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
 
 
 def _stopped_after(steps: int, metrics: Path, command: list[str]) -> int:
