@@ -3,7 +3,8 @@
     python benchmarks/cpu.py CIFAR10 OUT.json [--rounds 3]
 
 CIFAR-10 as Parquet, 32 pixels, the package's `tiny` ViT; end to end, crops and flips included on our side, after the
-first steps. The tutorial: image processor in the main process, float32, batch 16, as benchmarks/peers/steps.py has it.
+first steps. The peers are those of benchmarks/peers/steps.py: the tutorial (image processor in the main process, batch
+16), the transformers example and a plain loop (both with torch.compile and data loading processes; needs torchvision).
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Clock(TrainerCallback):
             self.rate = (state.global_step - WARM_UP) * self.batch / (time.perf_counter() - self._begun)
 
 
-def tutorial(cifar10: Path, root: Path) -> float:
+PEERS = ("tutorial", "hf_example, batch 128", "plain PyTorch, batch 128")
+
+
+def peer(name: str, cifar10: Path, root: Path) -> float:
     from vit_dist.data.transforms import load_processor
     from vit_dist.model import build_model
     from vit_dist.options import ModelOptions
@@ -52,8 +56,14 @@ def tutorial(cifar10: Path, root: Path) -> float:
     options, classes = ModelOptions(model="tiny"), [str(label) for label in range(10)]
     load_processor(options).save_pretrained(root)
     assert ViTImageProcessor.from_pretrained(root).size["height"] == SIDE
-    clock = Clock(16)
-    peers.tutorial(build_model(options, classes, SIDE, seed=0).model, root, cifar10, root / "run", STEPS, clock)
+    model, workers = build_model(options, classes, SIDE, seed=0).model, len(os.sched_getaffinity(0))
+    if name.startswith("plain"):
+        return peers.plain(model, root, cifar10, STEPS, WARM_UP, 128, workers)
+    clock = Clock(16 if name == "tutorial" else 128)
+    if name == "tutorial":
+        peers.tutorial(model, root, cifar10, root / "run", STEPS, clock)
+    else:
+        peers.hf_example(model, root, cifar10, root / "run", STEPS, 128, workers, clock)
     return clock.rate
 
 
@@ -88,12 +98,13 @@ def main() -> None:
     if given.one:
         with tempfile.TemporaryDirectory() as root:
             cifar10 = given.cifar10.resolve()
-            rate = (
-                tutorial(cifar10, Path(root)) if given.one == "tutorial" else ours(cifar10, Path(root), OURS[given.one])
-            )
+            if given.one in PEERS:
+                rate = peer(given.one, cifar10, Path(root))
+            else:
+                rate = ours(cifar10, Path(root), OURS[given.one])
         sys.stdout.write(f"\n{json.dumps(rate)}\n")
         return
-    rates: dict[str, list[float]] = {name: [] for name in ("tutorial", *OURS)}
+    rates: dict[str, list[float]] = {name: [] for name in (*PEERS, *OURS)}
     for _ in range(given.rounds):
         for name in [*rates, *reversed(rates)]:
             done = subprocess.run(

@@ -10,7 +10,7 @@ ViT-B/16 at 224 pixels, random weights, bf16 unless a peer's recipe says otherwi
   steps 20 to 28, which lie between two log points; prediction of the 10,000 test images; its batches without the model
 - step: an 8192 x 8192 x 8192 bf16 matrix product and a copy within the device's memory; forward, backward
   and AdamW on a batch that stays, ours and timm's turn by turn (ABCDDCBA)
-- tutorial, hf_example: the peers' own Trainer, same images
+- tutorial, hf_example, plain: the peers' own Trainer or loop, same images
 - photos: batches of JPEGs as the data loading processes hand them over, without a model; a training on them, streamed
 - auto: what --per_device_train_batch_size auto finds, and the peak of a run with it
 - exact: a run that is stopped and goes on against one that nothing happens to, to the bit
@@ -38,7 +38,7 @@ from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, 
 
 from vit_dist.cost.flops import count_flops
 
-PARTS = ("train", "step", "hf_example", "tutorial", "photos", "auto", "exact")
+PARTS = ("train", "step", "hf_example", "plain", "tutorial", "photos", "auto", "exact")
 PATIENCE = 150  # seconds for a part
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -203,6 +203,11 @@ class Bench:
             self.model(), self.folder, self.cifar10, self.root / "h", count, self.batch, self.workers, clock
         )
         return {"images_per_second": clock.images_per_second}
+
+    def plain(self) -> dict[str, float]:
+        steps, warm_up = (6, 3) if self.small else (50, 20)
+        rate = peers.plain(self.model(), self.folder, self.cifar10, steps, warm_up, self.batch, self.workers)
+        return {"images_per_second": rate}
 
     def photos(self) -> dict[str, Any]:
         from vit_dist.data.dataset import collate

@@ -4,15 +4,13 @@
 
 A name is `eager`, `timm`, `timm_cl` (channels last), or `blocks` or `whole` (what is compiled) with any of: `class`
 (the last block for the class token alone), `res` (bf16 residual), `patch` (the patch embedding as a matrix product),
-`fused` (one product for query, key and value), `cudnn`, `flash`, `efficient` (the kernels of attention), `tuned`
-(Inductor chooses among its own matrix products too).
+`fused` (one product for query, key and value), `tuned` (Inductor chooses among its own matrix products too).
 Forward in bf16 autocast, cross-entropy, backward, clipping, fused AdamW; medians of three times 20 steps. Also whether
 two backward passes give the same bits, and with --profile the kernels that take longest.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
@@ -22,7 +20,6 @@ import torch
 from record import record
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTAttention
 
@@ -30,12 +27,7 @@ from vit_dist.blocks import compile_blocks
 from vit_dist.rewrites import bf16_residual, class_token_only, patches_by_matmul
 
 ALL = ("blocks", "timm", "blocks-fused-res", "whole-fused-res", "whole-fused", "blocks-fused", "timm_cl",
-       "blocks-res-patch", "eager")  # fmt: skip
-KERNELS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+       "blocks-res-patch", "blocks-res-patch-class", "eager")  # fmt: skip
 BATCH, DEVICE = 256, "cuda"
 
 
@@ -80,12 +72,6 @@ def make(name: str) -> tuple[nn.Module, Any, torch.Tensor]:
 
 
 def measure(name: str, profiled: bool) -> dict[str, Any]:
-    kernels = [kernel for option, kernel in KERNELS.items() if option in name.split("-")]
-    with sdpa_kernel(kernels) if kernels else contextlib.nullcontext():
-        return _measure(name, profiled)
-
-
-def _measure(name: str, profiled: bool) -> dict[str, Any]:
     torch.compiler.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
