@@ -175,7 +175,7 @@ def test_what_is_faster_over_a_slow_link_is_said(
         ({"device": 3}, [], "device is 3, not a text"),
         ({"precision": "bf16"}, [], "precision is bf16, the plan has fp32; measure what is planned"),
         ({}, [], "gflop_per_image is 1, the plan has "),
-        ({"gflop_per_image": 0.01505, "device": "NVIDIA L40S"}, ["--gpu", "l4"],
+        ({"gflop_per_image": 0.01248, "device": "NVIDIA L40S"}, ["--gpu", "l4"],
          "device is NVIDIA L40S, the plan has --gpu l4"),
         ("[1, 2]", [], "has no 'device'"),
         ("{", [], "not JSON"),
