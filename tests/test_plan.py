@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -213,6 +214,19 @@ def test_what_does_not_fit_has_exit_code_1_and_advice(
     flags = ["--data", photos, "--model", model, "--per_device_train_batch_size", 512]
     assert plan.main([*map(str, flags), "--gpus", "2", "--gpu", "t4"]) == 1
     assert "nothing fits; lower --per_device_train_batch_size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "hsdp", "zero1"])
+def test_gradients_are_whole_between_micro_batches(strategy: str) -> None:
+    """None of these reduces before the last micro-batch of a step (`cost.scaling.sends`, counted from real runs)."""
+    with torch.device("meta"):
+        tensors = memory.Tensors.of(ViTForImageClassification(ViTConfig(num_labels=10)))
+    once, twice = (
+        memory.state(strategy, tensors, shards=8, precision="bf16", optim="adamw_torch_fused", accumulation=count)
+        for count in (1, 2)
+    )
+    assert twice.gradients == 2 * tensors.trained_parameters > once.gradients
+    assert dataclasses.replace(twice, gradients=once.gradients) == once
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_bf16() -> None:

@@ -57,7 +57,8 @@ class Tensors:
 
 @dataclass(frozen=True)
 class State:
-    """Bytes on the device of the rank that holds most, between backward and optimizer step; `host` for what is not."""
+    """Bytes on the device of the rank that holds most, between backward and optimizer step, gradients between
+    micro-batches where they are more; `host` for what is not on it."""
 
     parameters: int
     gradients: int
@@ -86,7 +87,9 @@ def state(strategy: str, tensors: Tensors, *, shards: int, precision: str, optim
         # Weights and gradients stay float32; a block is gathered in the run's precision while the next is on its way.
         size = FP32 if precision == "fp32" else 2
         mine, shard = _rows(trained, shards), _rows(everything, shards)
-        return State(FP32 * shard, FP32 * mine, int(FP32 * slots * mine) + steps, 2 * size * tensors.largest_block)
+        # Scattered in a step's last backward only: between micro-batches they are whole, in the run's precision.
+        gradients = max(FP32 * mine, size * _whole(trained) if accumulation > 1 else 0)
+        return State(FP32 * shard, gradients, int(FP32 * slots * mine) + steps, 2 * size * tensors.largest_block)
     size = FP32 if precision == "fp32" else 2
     steps = FP32 * GROUPS if slots else 0
     if strategy in ("zero1", "zero2"):
