@@ -225,3 +225,34 @@ def runs(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
         )  # fmt: skip
         (root / f"{name}.log").write_text(done.stdout + done.stderr)
     return {name: root / name for name in TOPOLOGIES}
+
+
+@pytest.fixture
+def vit() -> Any:
+    """A ViT of three blocks for images of 16 pixels, random weights."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4
+    )
+    return ViTForImageClassification(config)
+
+
+@pytest.fixture
+def images() -> Any:
+    """Four of them, as that model takes them."""
+    import torch
+
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: Any, images: Any) -> dict[str, Any]:
+    """Of every parameter of a model of two classes, for four images."""
+    import torch
+
+    model.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(pixel_values=images).logits.float(), torch.tensor([0, 1, 0, 1]))
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import gradients
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 from vit_dist.blocks import (
     Compilation,
@@ -18,62 +18,43 @@ from vit_dist.blocks import (
     compile_blocks,
     speed_up,
 )
-from vit_dist.rewrites import bf16_residual, patches_by_matmul
+from vit_dist.rewrites import bf16_residual, class_token_only, patches_by_matmul
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HOW = {"backend": "inductor" if shutil.which("g++") else "aot_eager"}
 DEFAULT = {"torch_compile": None, "torch_compile_backend": None, "torch_compile_mode": None}
 
 
-@pytest.fixture
-def model() -> ViTForImageClassification:
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4
-    )
-    return ViTForImageClassification(config)
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def gradients(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    F.cross_entropy(model(pixel_values=images).logits.float(), torch.tensor([0, 1, 0, 1])).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def test_steps_and_evaluations_are_compiled_once_each(model: ViTForImageClassification, images: torch.Tensor) -> None:
+def test_steps_and_evaluations_are_compiled_once_each(vit: ViTForImageClassification, images: torch.Tensor) -> None:
     """A guard that measures no time: graphs, breaks and recompilations are counted."""
     torch._dynamo.reset()
     counters.clear()
-    bf16_residual(model)
-    assert compile_blocks(model, {"backend": "aot_eager"}) == 3
-    assert patches_by_matmul(model, {"backend": "aot_eager"})
+    bf16_residual(vit)
+    assert class_token_only(vit)
+    assert compile_blocks(vit, {"backend": "aot_eager"}) == 3
+    assert patches_by_matmul(vit, {"backend": "aot_eager"})
 
     def train_and_evaluate() -> None:
-        model.train()
+        vit.train()
         with torch.autocast("cpu", torch.bfloat16):
-            gradients(model, images)
-        model.eval()
+            gradients(vit, images)
+        vit.eval()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            model(pixel_values=images)
+            vit(pixel_values=images)
 
     train_and_evaluate()
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 4, "a block and the patches, with and without gradients"
+    assert graphs == 6, "a block, the last block and the patches, with and without gradients"
     for _ in range(3):
         train_and_evaluate()
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 
 
-def test_compiled_blocks_compute_the_same(model: ViTForImageClassification, images: torch.Tensor) -> None:
-    expected = gradients(model, images)
-    speed_up(model, None, Compilation(True, "", HOW), False, CPU)
-    got = gradients(model, images)
+def test_compiled_blocks_compute_the_same(vit: ViTForImageClassification, images: torch.Tensor) -> None:
+    expected = gradients(vit, images)
+    speed_up(vit, None, Compilation(True, "", HOW), False, CPU)
+    got = gradients(vit, images)
     assert all(torch.allclose(got[name], expected[name], atol=1e-5) for name in expected)
 
 
