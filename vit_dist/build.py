@@ -74,9 +74,12 @@ def build(
 
 
 def _workers(config: Config, args: TrainingArguments, data: ImageData, model: PreTrainedModel) -> tuple[int, str]:
-    """How many processes load data, no more than there are cores for, and what to say of it."""
+    """How many processes load data, no more than there are cores for, and what to say of it.
+
+    Enough for an evaluation, which takes three times the images of training.
+    """
     most, seconds = args.dataloader_num_workers, loading.seconds_per_image(data.train)
-    flop, peak = count_flops(model, data.input_size).training, matmul_flops(args.device, config.precision)
+    flop, peak = count_flops(model, data.input_size).forward, matmul_flops(args.device, config.precision)
     taken = loading.images_per_second(flop, peak)
     workers = loading.workers_needed(seconds, taken, most) if most else 0
     return (

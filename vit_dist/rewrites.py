@@ -20,9 +20,10 @@ def class_token_only(model: PreTrainedModel) -> bool:
     """Compute in the last block what is read after it, the class token; keys and values of it are all tokens'.
 
     A ViT's head reads nothing else, so logits and gradients are the same: of ViT-B/16 at 224 pixels 7 % of the
-    operations are left out. Returns whether the model is one that this is known for.
+    operations are left out. (Its last hidden state then is that of one token.) Returns whether the model is one that
+    this is known for.
     """
-    if type(model) is not ViTForImageClassification:
+    if type(model) is not ViTForImageClassification or not model.vit.layers:
         return False
     last = model.vit.layers[-1]
     if type(last) is not ViTLayer or type(last.attention) is not ViTAttention:
@@ -51,6 +52,8 @@ class _LastAttention(ViTAttention):
         def heads(values: torch.Tensor) -> torch.Tensor:
             return values.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = attention_mask[:, :, :1]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, weights = attend(
             self,
