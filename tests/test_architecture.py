@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.resident": {
         "distributed", "errors", "data.dataset", "data.image_cache", "data.pipeline", "data.pixels",
     },
-    "blocks": {"rewrites", "data.pixels"},
+    "blocks": {"errors", "rewrites", "data.pixels"},
     "rewrites": {"errors"},
     "data.pipeline": {"options",
         "config", "data.dataset", "data.decode", "data.source", "data.split", "data.transforms", "data.verify",

@@ -18,6 +18,7 @@ from vit_dist.blocks import (
     compile_blocks,
     speed_up,
 )
+from vit_dist.errors import UserError
 from vit_dist.rewrites import bf16_residual, class_token_only, patches_by_matmul
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -72,6 +73,14 @@ def test_compiled_blocks_compute_the_same(vit: ViTForImageClassification, images
 )
 def test_when_blocks_are_compiled(given: dict[str, Any], strategy: str, device: torch.device, on: bool) -> None:
     assert choose_compilation(DEFAULT | given, strategy, device).on == on
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp2"])
+def test_a_backend_or_a_mode_that_there_is_not_is_named(strategy: str) -> None:
+    with pytest.raises(UserError, match=r"^torch_compile_backend=inductr: there are .*inductor"):
+        choose_compilation(DEFAULT | {"torch_compile_backend": "inductr"}, strategy, CPU)
+    with pytest.raises(UserError, match=r"^torch_compile_mode=fast: there are default, .*max-autotune"):
+        choose_compilation(DEFAULT | {"torch_compile_mode": "fast"}, strategy, CPU)
 
 
 def test_a_gpu_without_what_compiling_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

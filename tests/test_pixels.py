@@ -136,13 +136,14 @@ def test_streamed_photos_are_decoded_no_larger_than_their_crops_need(camera, mon
 
 def test_on_a_cpu_the_processor_is_the_default(digits) -> None:
     placed, pixels, chosen = place_images(digits, "auto", CPU, 0)
-    assert placed is digits and pixels is None and chosen == "processor"
+    assert pixels is None and chosen == "processor" and placed.train is digits.train
+    assert placed.description == [*digits.description, "images made by the model's image processor"]
 
 
 def test_what_cannot_be_resident_is_told(photos: Path, digits) -> None:
     options = DataOptions(data=str(photos))
     data = build_data(options, ModelOptions(model="tiny"), 0, lambda title: lambda done, total: None)
-    with pytest.raises(UserError, match="image_source=resident: images of several sizes; use auto or stream"):
+    with pytest.raises(UserError, match="image_source=resident: images of several sizes; use stream or cache"):
         place_images(data, "resident", CPU, 0)
     odd = dataclasses.replace(digits, processor=ViTImageProcessorPil(size={"shortest_edge": 32}))
     with pytest.raises(UserError, match="image_source=stream: the model's image processor does more"):

@@ -172,5 +172,5 @@ def test_a_run_too_short_for_a_profile_says_so(checkpoint: Path, tmp_path: Path)
     done = run(
         "digits", "--model", checkpoint, *FEW, "--max_steps", 3, "--profile", 2, "--output_dir", tmp_path / "run"
     )
-    assert "no profile: it begins after 5 steps, and there were 3" in done.stdout + done.stderr
+    assert "the profile is not made: it begins after 5 steps, and 3 are left to train" in done.stdout + done.stderr
     assert not (tmp_path / "run/profile").exists()

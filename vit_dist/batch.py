@@ -60,7 +60,9 @@ def split_batch(config: Config, world_size: int, keep: int | None = None) -> Bat
     total = asked if keep is None else keep
     if config.finds_batch and total is not None:
         batch = _split_share(MOST_ON_CPU, world_size, total)
-        return replace(batch, note=f"auto: at most {MOST_ON_CPU} at once on CPUs")
+        share = batch.per_device * batch.accumulation
+        more = f"; {share} has no larger divisor" if 2 * batch.per_device < min(share, MOST_ON_CPU) else ""
+        return replace(batch, note=f"auto: at most {MOST_ON_CPU} at once on CPUs{more}")
     if keep is not None:
         return _split_share(per_device, world_size, keep)
     if asked is None:

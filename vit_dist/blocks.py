@@ -13,6 +13,7 @@ from torch.utils._triton import has_triton  # no public name; Inductor itself as
 from transformers import PreTrainedModel
 
 from vit_dist.data.pixels import Pixels
+from vit_dist.errors import UserError
 from vit_dist.rewrites import bf16_residual, class_token_only, patches_by_matmul
 
 IN_PLACE = ("single", "ddp")  # strategies that leave the blocks as they are
@@ -30,9 +31,13 @@ class Compilation:
 def choose_compilation(training: dict[str, Any], strategy: str, device: torch.device) -> Compilation:
     """`--torch_compile`, `--torch_compile_backend` and `--torch_compile_mode`; by default on GPUs where it can be.
 
-    With ZeRO and FSDP upstream compiles, if it is asked to.
+    With ZeRO and FSDP upstream compiles, if it is asked to. Raises UserError for a backend or a mode that there is not.
     """
     backend, mode = training["torch_compile_backend"], training["torch_compile_mode"]
+    if backend and backend not in torch.compiler.list_backends(()):  # those for debugging too
+        raise UserError(f"torch_compile_backend={backend}: there are {', '.join(torch.compiler.list_backends())}")
+    if mode and mode not in (modes := torch._inductor.list_mode_options()):  # as torch.compile's docstring has it
+        raise UserError(f"torch_compile_mode={mode}: there are {', '.join(modes)}")
     asked = True if backend or mode else training["torch_compile"]
     if strategy not in IN_PLACE:
         return Compilation(False, "compiled by Accelerate" if asked else f"not compiled: {strategy} shards its blocks")

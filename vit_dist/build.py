@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,6 +51,7 @@ def build(
     `batch` is split anew if the micro-batch is to be found, and `args` are made again for it; `kept`: see `find_batch`.
     Raises UserError for what is wrong with data, model or training arguments.
     """
+    compilation = blocks.choose_compilation(config.training, asked, args.device)
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     distributed.agree({"data": data.record["fingerprint"]}, "do all nodes see the same files?")
     data, pixels, source = _placed(config, args, data, batch.total, begun_with)
@@ -67,7 +69,11 @@ def build(
     elif args.device.type == "cuda" and config.training["dataloader_num_workers"] is None:
         args.dataloader_num_workers, note = _workers(config, args, data, model.model)
         data.description.append(note)
-    compilation = blocks.choose_compilation(config.training, asked, args.device)
+    if args.dataloader_num_workers > (cores := distributed.cores()):
+        data.description.append(
+            f"{args.dataloader_num_workers} data loading processes on {cores} cores: more of them slow each other"
+        )
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # the same, each time it is made
     blocks.speed_up(model.model, pixels, compilation, config.model.bf16_residual, args.device)
     trainer = build_trainer(config, args, data, model.model, metrics, writer, pixels, compilation.on)
     return Built(batch, data, model, metrics, trainer, compilation, source)

@@ -316,8 +316,8 @@ def _refuse_values(settings: dict[str, Any]) -> None:
             raise UserError(f"{key}={value}: give a number from {least:g} to {most:g}")
     if settings["per_device_train_batch_size"] == AUTO and settings["global_batch_size"] is None:
         raise UserError(
-            "per_device_train_batch_size=auto needs --global_batch_size: what a step trains on must not depend on the "
-            "memory of a device"
+            "per_device_train_batch_size=auto needs --global_batch_size, 256 say: what a step trains on must not "
+            "depend on the memory of a device"
         )
     for key in ("max_time", "hang_timeout"):
         if settings[key] is not None:

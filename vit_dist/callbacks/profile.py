@@ -22,6 +22,13 @@ class Profile(TrainerCallback):
         self._done = 0
         self._profiler: torch.profiler.profile | None = None
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if (left := state.max_steps - state.global_step) < WARM_UP + self.steps:
+            there = f"of {left - WARM_UP} steps only" if left > WARM_UP else "not made"
+            logger.warning(f"the profile is {there}: it begins after {WARM_UP} steps, and {left} are left to train")
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._done += 1
         if self._done == WARM_UP:
@@ -33,10 +40,8 @@ class Profile(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._profiler is not None:
+        if self._profiler is not None and self._done > WARM_UP:
             self._write()
-        elif self._done < WARM_UP:
-            logger.warning(f"no profile: it begins after {WARM_UP} steps, and there were {self._done}")
 
     def _write(self) -> None:
         profiler, self._profiler = self._profiler, None

@@ -91,7 +91,10 @@ class Speed(TrainerCallback):
 def data_advice(workers: int, cores: int) -> str:
     """What to do about batches that come too late, with this many data loading processes and cores."""
     if not workers:
-        return "--dataloader_num_workers 1 or more makes batches beside the steps, or another --image_source"
+        return (
+            "--dataloader_num_workers 1 or more makes batches beside the steps where cores are idle; --image_source "
+            "resident (images of one size), cache (large photos) or stream takes less of them"
+        )
     if workers < cores - 1:
         return f"more --dataloader_num_workers than {workers}, there are {cores} cores"
     return "--image_source resident where all images have one size, cache where they are large, or more cores"

@@ -41,7 +41,7 @@ def place_images(
     part. `workers` are processes that may decode; `epochs` of training are what a cache has to pay in.
     """
     if source == "processor" or (source == "auto" and device.type != "cuda"):
-        return data, None, "processor"
+        return _with(data, _splits(data), "images made by the model's image processor"), None, "processor"
     pixels = Pixels.of(data.processor)
     if pixels is None:
         reason = "the model's image processor does more than resize to a square, rescale and normalise"
@@ -58,7 +58,7 @@ def place_images(
             note = f"images resident on {device}, {size / 1e6:,.0f} MB of bytes: no data loading"
             return _with(data, sets, note), pixels, "resident"
         if source == "resident":
-            raise UserError(f"image_source=resident: {refused or SEVERAL}; use auto or stream")
+            raise UserError(f"image_source=resident: {refused or SEVERAL}; use stream or cache")
         against.append(f"not resident: {refused or SEVERAL}")
     if source == "cache":
         kept, note = _cached(data, cache_dir, progress)

@@ -173,7 +173,8 @@ def advice(found: dict[str, Any]) -> str:
     if 0.85 * serial <= got <= 1.15 * serial:
         return (
             f"batches are made between the steps, for {1 - got / step:.0%} of the time: --dataloader_num_workers 1 or "
-            "more makes them beside, --image_source resident on the device"
+            "more makes them beside where cores are idle; --image_source resident (images of one size) or cache (large "
+            "photos) makes them faster"
         )
     return f"training reaches {got / step:.0%} of the step's pace though batches come fast enough: log less often"
 
