@@ -6,7 +6,6 @@ import math
 import time
 
 import numpy as np
-import torch
 
 from vit_dist.data.dataset import ImageDataset
 
@@ -21,15 +20,11 @@ def workers_needed(seconds: float, images_per_second: float, most: int) -> int:
 
 def seconds_per_image(dataset: ImageDataset) -> float:
     """That one process takes for an image of a batch, read from the disk; of all classes, which may differ in size."""
-    threads, count = torch.get_num_threads(), min(SAMPLE, len(dataset))
-    torch.set_num_threads(1)  # as in a data loading process
-    try:
-        dataset.__getitems__([0])  # imports
-        begin = time.perf_counter()
-        dataset.__getitems__(np.linspace(0, len(dataset) - 1, count).astype(int).tolist())
-        return (time.perf_counter() - begin) / count
-    finally:
-        torch.set_num_threads(threads)
+    count = min(SAMPLE, len(dataset))
+    dataset.__getitems__([0])  # imports
+    begin = time.perf_counter()
+    dataset.__getitems__(np.linspace(0, len(dataset) - 1, count).astype(int).tolist())
+    return (time.perf_counter() - begin) / count
 
 
 def images_per_second(flop: float, peak: float) -> float:
