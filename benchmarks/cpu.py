@@ -45,7 +45,7 @@ class Clock(TrainerCallback):
             self.rate = (state.global_step - WARM_UP) * self.batch / (time.perf_counter() - self._begun)
 
 
-PEERS = ("tutorial", "hf_example, batch 128", "plain PyTorch, batch 128")
+PEERS = {"tutorial": 16, "hf_example, batch 128": 128, "plain PyTorch, batch 128": 128}
 
 
 def peer(name: str, cifar10: Path, root: Path) -> float:
@@ -56,14 +56,14 @@ def peer(name: str, cifar10: Path, root: Path) -> float:
     options, classes = ModelOptions(model="tiny"), [str(label) for label in range(10)]
     load_processor(options).save_pretrained(root)
     assert ViTImageProcessor.from_pretrained(root).size["height"] == SIDE
-    model, workers = build_model(options, classes, SIDE, seed=0).model, len(os.sched_getaffinity(0))
+    model, workers, batch = build_model(options, classes, SIDE, seed=0).model, len(os.sched_getaffinity(0)), PEERS[name]
     if name.startswith("plain"):
-        return peers.plain(model, root, cifar10, STEPS, WARM_UP, 128, workers)
-    clock = Clock(16 if name == "tutorial" else 128)
+        return peers.plain(model, root, cifar10, STEPS, WARM_UP, batch, workers)
+    clock = Clock(batch)
     if name == "tutorial":
         peers.tutorial(model, root, cifar10, root / "run", STEPS, clock)
     else:
-        peers.hf_example(model, root, cifar10, root / "run", STEPS, 128, workers, clock)
+        peers.hf_example(model, root, cifar10, root / "run", STEPS, batch, workers, clock)
     return clock.rate
 
 

@@ -37,18 +37,12 @@ from record import record
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vit_dist.cost.flops import count_flops
+from vit_dist.cost.peak import settle
 
 PARTS = ("train", "step", "hf_example", "plain", "tutorial", "photos", "auto", "exact")
 PATIENCE = 150  # seconds for a part
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-
-
-def settle() -> float:
-    """The time, once the device has done all it was given."""
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Clock(TrainerCallback):
@@ -113,24 +107,24 @@ class Bench:
 
     def _trained(self, flags: dict[str, Any], clock: Clock) -> tuple[Any, Any]:
         """The trainer and the test split of a run of `vit_dist.train` in this process."""
-        from vit_dist import train, trainer
+        from vit_dist import build, train
 
         made: list[tuple[Any, Any]] = []
-        build = trainer.build_trainer
+        make = build.build_trainer
 
         def with_clock(*args: Any, **kwargs: Any) -> Any:
-            made.append((build(*args, **kwargs), args[2].test))
+            made.append((make(*args, **kwargs), args[2].test))
             made[0][0].add_callback(clock)
             return made[0][0]
 
-        trainer.build_trainer = with_clock
+        build.build_trainer = with_clock
         every = {
             "model": self.folder, "from_scratch": True, "output_dir": self.root / "run", "bf16": True,
             "bf16_residual": True, "per_device_train_batch_size": self.batch, "per_device_eval_batch_size": 500,
             "verify_images": False, "report_to": "none", "cache_dir": self.root / "cache", "learning_rate": 1e-4,
         }  # fmt: skip
         code = train.main(_words(every | flags))
-        trainer.build_trainer = build
+        build.build_trainer = make
         if code:
             raise RuntimeError(f"vit_dist.train ended with {code}")
         return made[0]
@@ -234,7 +228,7 @@ class Bench:
                 if time.perf_counter() - begin > (2 if self.small else 6):
                     break
             found["images_per_second"][source] = seen / (settle() - begin)
-            found["decoded"] = [placed.train.decoded(index).size for index in range(3)]
+        found["decoded"] = [placed.train.decoded(index).size for index in range(3)]
         clock = Clock(3 if self.small else 20, self.batch)
         steps = {"max_steps": 6 if self.small else 60, "eval_strategy": "no", "load_best_model_at_end": False}
         flags = {"data": self.folder_of_photos, "image_source": "stream", "save_strategy": "no", **steps}

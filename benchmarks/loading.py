@@ -19,7 +19,6 @@ import torch
 from record import record
 from transformers import ViTImageProcessorPil
 
-from vit_dist.data.dataset import collate
 from vit_dist.data.pipeline import build_data
 from vit_dist.data.resident import place_images
 from vit_dist.options import DataOptions, ModelOptions
@@ -51,7 +50,7 @@ def main() -> None:
                 begin, seen = time.process_time(), 0
                 while time.process_time() - begin < SECONDS:
                     first = next(keys[source])
-                    collate(dataset.__getitems__(list(range(first, first + BATCH))))
+                    dataset.__getitems__(list(range(first, first + BATCH)))
                     seen += BATCH
                 rates[source].append(seen / (time.process_time() - begin))
     medians = {source: statistics.median(values) for source, values in rates.items()}

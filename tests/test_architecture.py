@@ -27,9 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "build": {
         "arguments", "auto_batch", "batch", "blocks", "console", "distributed", "strategy", "checkpoint.writer",
         "config", "data.pipeline", "data.pixels", "data.resident", "errors", "metrics.__init__", "model", "trainer",
-        "cost.flops", "cost.peak", "loading",
+        "cost.flops", "cost.peak", "data.workers",
     },
-    "loading": {"data.dataset"},
+    "data.workers": {"data.dataset"},
     "verbs.bench": {"cost.peak",
         "arguments", "batch", "build", "checkpoint.writer", "config", "console", "distributed", "entry", "errors",
         "cost.flops", "run.run_folder", "strategy", "verbs.parser",

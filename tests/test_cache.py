@@ -109,23 +109,23 @@ def test_what_is_kept_is_shrunk_and_never_enlarged(camera: Path, tmp_path: Path)
 def test_the_same_pixels_with_and_without_workers_and_when_it_is_opened_again(camera: Path, tmp_path: Path) -> None:
     kept = placed(data_of(camera, tmp_path), tmp_path).train
     keys = [3 * 61 + index for index in range(61)]
-    expected = collate(kept.__getitems__(keys))
+    expected = kept.__getitems__(keys)
     assert expected["pixel_values"].dtype == torch.uint8 and expected["pixel_values"].shape == (61, 3, SIDE, SIDE)
-    assert not torch.equal(expected["pixel_values"], collate(kept.__getitems__(list(range(61))))["pixel_values"])
+    assert not torch.equal(expected["pixel_values"], kept.__getitems__(list(range(61)))["pixel_values"])
     batches = list(DataLoader(kept, sampler=keys, batch_size=7, collate_fn=collate, num_workers=2))
     for name, values in expected.items():
         assert torch.equal(torch.cat([batch[name] for batch in batches]), values)
     again = placed(data_of(camera, tmp_path), tmp_path).train
-    assert torch.equal(collate(again.__getitems__(keys))["pixel_values"], expected["pixel_values"])
+    assert torch.equal(again.__getitems__(keys)["pixel_values"], expected["pixel_values"])
     assert len(pickle.dumps(kept)) < 2 * len(pickle.dumps(kept.table)) + 10_000, "a worker opens the file itself"
 
 
 def test_what_is_seen_is_close_to_what_is_streamed(camera: Path, tmp_path: Path) -> None:
     """Without crops, which of a shrunk image have other sizes in pixels."""
     data = data_of(camera, tmp_path)
-    kept = collate(placed(data, tmp_path).validation.__getitems__(list(range(12))))
+    kept = placed(data, tmp_path).validation.__getitems__(list(range(12)))
     streamed = place_images(data, "stream", CPU, 0)[0].validation
-    expected = collate(streamed.__getitems__(list(range(12))))
+    expected = streamed.__getitems__(list(range(12)))
     assert (kept["pixel_values"].float() - expected["pixel_values"].float()).abs().mean() < 5
 
 

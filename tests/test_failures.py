@@ -141,12 +141,10 @@ def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out:
     from vit_dist.trainer import build_trainer
 
     class Poisoned(ImageDataset):
-        def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-            items = super().__getitems__(keys)
-            for item in items:
-                if item["index"] == 5:
-                    item["pixel_values"] = item["pixel_values"] * float("nan")
-            return items
+        def __getitems__(self, keys: list[int]) -> dict[str, Any]:
+            batch = super().__getitems__(keys)
+            batch["pixel_values"][batch["index"] == 5] = float("nan")
+            return batch
 
     console.set_up(1)
     config = load_config(["--data", photos, "--model", checkpoint, "--output_dir", f"{out}/run", "--report_to", "none",

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from vit_dist.data.dataset import collate
 from vit_dist.data.pipeline import build_data
 from vit_dist.data.pixels import LEVELS, Pixels, to_tensor
 from vit_dist.data.resident import ResidentDataset, place_images
@@ -79,12 +78,12 @@ def digits():
 def test_all_sources_make_the_same_batches(digits) -> None:
     """Whatever else is in the batch; bytes go through the loader as they are."""
     keys = [60 * 3 + 7, 60 * 3 + 1, 60 * 3 + 59]
-    expected = collate(digits.train.__getitems__(keys))
+    expected = digits.train.__getitems__(keys)
     for source in ("resident", "stream"):
         placed, pixels, chosen = place_images(digits, source, CPU, 0)
         assert chosen == source and isinstance(placed.train, ResidentDataset) == (source == "resident")
         assert source in " ".join(placed.description)
-        batch = collate(placed.train.__getitems__(keys))
+        batch = placed.train.__getitems__(keys)
         assert batch["pixel_values"].dtype == torch.uint8
         made = pixels(batch["pixel_values"], batch.get("boxes"), batch.get("mirrored"))
         assert ((made - expected["pixel_values"]) / pixels._scale).abs().max() < LEVELS
@@ -120,8 +119,8 @@ def test_streamed_photos_are_decoded_no_larger_than_their_crops_need(camera, mon
     placed, pixels, _ = place_images(camera, "stream", CPU, 0)
     for whole, streamed in ((camera.train, placed.train), (camera.validation, placed.validation)):
         keys = [epoch * len(whole) + index for epoch in range(4) for index in range(len(whole))]
-        expected = collate(whole.__getitems__(keys))
-        batch = collate(streamed.__getitems__(keys))
+        expected = whole.__getitems__(keys)
+        batch = streamed.__getitems__(keys)
         made = pixels(batch["pixel_values"], None, None)
         difference = ((made - expected["pixel_values"]) / pixels._scale).abs().mean()
         assert difference < 6, "the same crops: others differ by 50"

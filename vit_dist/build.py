@@ -6,9 +6,9 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
-from vit_dist import blocks, console, distributed, loading, strategy
+from vit_dist import blocks, console, distributed, strategy
 from vit_dist.arguments import build_arguments
 from vit_dist.auto_batch import find_batch
 from vit_dist.batch import Batch
@@ -19,6 +19,7 @@ from vit_dist.cost.peak import matmul_flops
 from vit_dist.data.pipeline import ImageData, build_data
 from vit_dist.data.pixels import Pixels
 from vit_dist.data.resident import place_images
+from vit_dist.data.workers import choose_workers
 from vit_dist.errors import UserError
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.model import BuiltModel, build_model
@@ -67,7 +68,9 @@ def build(
         args.dataloader_num_workers, args.dataloader_persistent_workers, args.dataloader_pin_memory = 0, False, False
         args.dataloader_prefetch_factor = None
     elif args.device.type == "cuda" and config.training["dataloader_num_workers"] is None:
-        args.dataloader_num_workers, note = _workers(config, args, data, model.model)
+        flop = count_flops(model.model, data.input_size).forward
+        peak = matmul_flops(args.device, config.precision)
+        args.dataloader_num_workers, note = choose_workers(data.train, flop, peak, args.dataloader_num_workers)
         data.description.append(note)
     if args.dataloader_num_workers > (cores := distributed.cores()):
         data.description.append(
@@ -77,21 +80,6 @@ def build(
     blocks.speed_up(model.model, pixels, compilation, config.model.bf16_residual, args.device)
     trainer = build_trainer(config, args, data, model.model, metrics, writer, pixels, compilation.on)
     return Built(batch, data, model, metrics, trainer, compilation, source)
-
-
-def _workers(config: Config, args: TrainingArguments, data: ImageData, model: PreTrainedModel) -> tuple[int, str]:
-    """How many processes load data, no more than there are cores for, and what to say of it.
-
-    Enough for an evaluation, which takes three times the images of training.
-    """
-    most, seconds = args.dataloader_num_workers, loading.seconds_per_image(data.train)
-    flop, peak = count_flops(model, data.input_size).forward, matmul_flops(args.device, config.precision)
-    taken = loading.images_per_second(flop, peak)
-    workers = loading.workers_needed(seconds, taken, most) if most else 0
-    return (
-        workers,
-        f"{workers} data loading processes: {seconds * 1e3:.1f} ms an image, the GPU may take {taken:,.0f}/s",
-    )
 
 
 def _placed(

@@ -185,7 +185,7 @@ class ExactTrainer(ResumableTrainer):
 
     def model_input(self, dataset: ImageDataset, count: int) -> torch.Tensor:
         """What the model is given for the first images of a split: float32 (count, 3, side, side), on the CPU."""
-        batch = collate(dataset.__getitems__(list(range(count))))
+        batch = dataset.__getitems__(list(range(count)))
         values = batch["pixel_values"].to(self.args.device)
         if self.pixels is not None:
             boxes, mirrored = batch.get("boxes"), batch.get("mirrored")

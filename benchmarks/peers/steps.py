@@ -5,13 +5,14 @@ Steps are returned, loops are run with a callback; `benchmarks/gpu.py` times bot
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from vit_dist.cost.peak import settle
 
 Step = Callable[[], None]
 
@@ -104,8 +105,7 @@ def plain(model: Any, folder: Path, data: Path, steps: int, warm_up: int, batch:
     begin, batches = 0.0, (inputs for _ in range(steps) for inputs in loader)
     for step, inputs in zip(range(steps), batches, strict=False):
         if step == warm_up:
-            torch.cuda.synchronize() if gpu else None
-            begin = time.perf_counter()
+            begin = settle()
         pixels, labels = (inputs[name].to(device, non_blocking=True) for name in ("pixel_values", "labels"))
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
             logits = model(pixel_values=pixels).logits
@@ -113,8 +113,7 @@ def plain(model: Any, folder: Path, data: Path, steps: int, warm_up: int, batch:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    torch.cuda.synchronize() if gpu else None
-    return (steps - warm_up) * batch / (time.perf_counter() - begin)
+    return (steps - warm_up) * batch / (settle() - begin)
 
 
 def _augmented(folder: Path, data: Path) -> Any:

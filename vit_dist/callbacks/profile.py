@@ -29,18 +29,22 @@ class Profile(TrainerCallback):
             there = f"of {left - WARM_UP} steps only" if left > WARM_UP else "not made"
             logger.warning(f"the profile is {there}: it begins after {WARM_UP} steps, and {left} are left to train")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._done += 1
-        if self._done == WARM_UP:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._done == WARM_UP and self._profiler is None:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._done += 1
         if self._done == WARM_UP + self.steps:
             self._write()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._profiler is not None and self._done > WARM_UP:
+        if self._profiler is not None:
             self._write()
 
     def _write(self) -> None:

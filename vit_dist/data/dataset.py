@@ -18,8 +18,9 @@ from vit_dist.data.transforms import Transform
 class ImageDataset(torch.utils.data.Dataset):
     """A split (columns `id`, `image`, `label`), decoded and transformed.
 
-    Item `key` is row `key % len(self)` as seen in epoch `key // len(self)` (see `GlobalBatchSampler`):
-    `pixel_values` (3, side, side) float32, `labels` int, `index` int.
+    Item `key` is row `key % len(self)` as seen in epoch `key // len(self)` (see `GlobalBatchSampler`). PyTorch's loader
+    asks for all items of a batch together, and gets a batch: `pixel_values` (n, 3, side, side) float32, `labels` and
+    `index` int64 (n,).
     """
 
     def __init__(self, table: datasets.Dataset, transform: Transform, rules: DecodeRules) -> None:
@@ -34,17 +35,16 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.table["id"]
 
     def __getitem__(self, key: int) -> dict[str, Any]:
-        return self.__getitems__([key])[0]
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
-    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-        """The items of a batch; PyTorch's loader asks for them together, and upstream's processor is slow per call."""
+    def __getitems__(self, keys: list[int]) -> dict[str, torch.Tensor]:
         places = [divmod(key, len(self)) for key in keys]
         rows = self.table[[index for _, index in places]]
-        pixels = self._pixels(rows, places)
-        return [
-            {"pixel_values": values, "labels": label, "index": index}
-            for values, label, (_, index) in zip(pixels, rows["label"], places, strict=True)
-        ]
+        return {
+            "pixel_values": self._pixels(rows, places),
+            "labels": torch.tensor(rows["label"]),
+            "index": torch.tensor([index for _, index in places]),
+        }
 
     def decoded(self, index: int) -> Image.Image:
         """Row `index` before crops and resizing."""
@@ -75,28 +75,17 @@ class ImageDataset(torch.utils.data.Dataset):
 class ByteDataset(ImageDataset):
     """The same with `pixel_values` as uint8, not yet rescaled and normalised. Images are decoded no larger than what is
     seen of them needs: they differ a little from those of the image processor.
-
-    `__getitems__` is a batch already.
     """
-
-    def __getitem__(self, key: int) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.__getitems__([key]).items()}
-
-    def __getitems__(self, keys: list[int]) -> Any:
-        places = [divmod(key, len(self)) for key in keys]
-        rows = self.table[[index for _, index in places]]
-        pixels = np.empty((len(keys), 3, self.transform.side, self.transform.side), np.uint8)
-        for number, (image, size) in enumerate(self._found(rows, places)):
-            # Each at once, while it is in the core's cache; NumPy copies such views twice as fast as PyTorch.
-            pixels[number] = self.transform.square(image, size, *places[number]).numpy()
-        return {
-            "pixel_values": torch.from_numpy(pixels),
-            "labels": torch.tensor(rows["label"]),
-            "index": torch.tensor([index for _, index in places]),
-        }
 
     def decoded(self, index: int) -> Image.Image:
         return self.reduced(index, lambda width, height: min(width, height) / self.transform.side)[0]
+
+    def _pixels(self, rows: dict[str, Any], places: list[tuple[int, int]]) -> torch.Tensor:
+        pixels = np.empty((len(places), 3, self.transform.side, self.transform.side), np.uint8)
+        for number, (image, size) in enumerate(self._found(rows, places)):
+            # Each at once, while it is in the core's cache; NumPy copies such views twice as fast as PyTorch.
+            pixels[number] = self.transform.square(image, size, *places[number]).numpy()
+        return torch.from_numpy(pixels)
 
     def _found(
         self, rows: dict[str, Any], places: list[tuple[int, int]]
@@ -106,12 +95,6 @@ class ByteDataset(ImageDataset):
             yield self._decode(image, row_id, place[1], partial(self.transform.spare, *place))
 
 
-def collate(items: list[dict[str, Any]] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Items to a batch: `pixel_values` (n, 3, side, side), `labels` and `index` int64 (n,). A batch stays one."""
-    if isinstance(items, dict):
-        return items
-    return {
-        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-        "labels": torch.tensor([item["labels"] for item in items]),
-        "index": torch.tensor([item["index"] for item in items]),
-    }
+def collate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For loaders, which want a function that makes a batch of items: a data set gives batches already."""
+    return batch

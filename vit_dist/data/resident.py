@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -77,8 +76,8 @@ def place_images(
 class ResidentDataset(ImageDataset):
     """A split whose images lie on the device as bytes: uint8 (images, 3, height, width), all of one size.
 
-    `__getitems__` is a batch already: `pixel_values` uint8, `boxes` and `mirrored` (see `Pixels`), `labels`, `index`.
-    Nothing in it waits for the device.
+    Of a batch `pixel_values` are uint8 as they lie there; it also has `boxes` and `mirrored` (see `Pixels`). Nothing in
+    it waits for the device.
     """
 
     def __init__(self, dataset: ImageDataset, images: torch.Tensor) -> None:
@@ -86,10 +85,7 @@ class ResidentDataset(ImageDataset):
         self.images = images
         self._labels = torch.tensor(self.table["label"], device=images.device)
 
-    def __getitem__(self, key: int) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.__getitems__([key]).items()}
-
-    def __getitems__(self, keys: list[int]) -> Any:
+    def __getitems__(self, keys: list[int]) -> dict[str, torch.Tensor]:
         places = [divmod(key, len(self)) for key in keys]
         height, width = self.images.shape[2:]
         chosen = [self.transform.choose(epoch, index, width, height) for epoch, index in places]

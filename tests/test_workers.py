@@ -7,7 +7,7 @@ import torch
 
 from vit_dist.data.pipeline import build_data
 from vit_dist.data.resident import place_images
-from vit_dist.loading import images_per_second, seconds_per_image, workers_needed
+from vit_dist.data.workers import OF_PEAK, choose_workers, seconds_per_image, workers_needed
 from vit_dist.options import DataOptions, ModelOptions
 
 
@@ -24,7 +24,7 @@ from vit_dist.options import DataOptions, ModelOptions
 def test_workers_follow_from_the_images_and_the_device(
     milliseconds: float, flop: float, most: int, workers: int
 ) -> None:
-    assert workers_needed(milliseconds / 1e3, images_per_second(flop, 800e12), most) == workers
+    assert workers_needed(milliseconds / 1e3, OF_PEAK * 800e12 / flop, most) == workers
 
 
 @pytest.mark.parametrize("source", ["processor", "stream"])
@@ -42,3 +42,10 @@ def test_images_of_the_whole_split_are_timed(source: str) -> None:
     placed.train.__class__ = Noting
     assert 0 < seconds_per_image(placed.train) < 1
     assert asked == [(1, 0), (64, 79)]
+    workers, note = choose_workers(placed.train, 1e6, 800e12, 3)
+    assert (
+        workers == 3
+        and note.startswith("3 data loading processes: ")
+        and note.endswith("the GPU may take 480,000,000/s")
+    )
+    assert choose_workers(placed.train, 1e6, 800e12, 0)[0] == 0
