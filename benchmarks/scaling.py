@@ -4,10 +4,13 @@
 
 A ViT of 11.0 million parameters, random weights, float32, one batch of 4 images of 64 pixels that is given again and
 again. For 1, 2 and 4 processes of one thread there are as many runs side by side that do not know of each other (what
-the cores give to each), a group that only sends (gloo's collectives), and runs of `vit_dist.train` under torchrun with
-DDP and with FSDP2. All are started once and then take turns of a few steps, the others waiting: what else the machine
-does falls on all alike. Efficiency is the median step of the first over that of the last. The prediction takes the
-first, the collectives' own seconds, and vit_dist/cost/scaling.py.
+the cores give to each), a group that only sends (gloo's collectives) and copies, and runs of `vit_dist.train` under
+torchrun with DDP and with FSDP2. All are started once and then take turns of a few steps, the others waiting: what else
+the machine does falls on all alike. Efficiency is the median step of the first over that of the last. The prediction
+takes vit_dist/cost/scaling.py, the slowest of each of the first's steps (processes that average gradients wait for the
+slowest), those of a copy, the trainer's two small collectives of each step, and the collectives' own seconds: on idle
+cores for the upper end of the range, and for the lower one beside a thread of each process that computes, since here
+the cores that compute are also what sends.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +36,7 @@ ROUNDS, STEPS, BATCH = 7, 6, 4  # STEPS of a turn, the first of which is not cou
 PROCESSES = (1, 2, 4)
 STRATEGIES = ("ddp", "fsdp2")
 KINDS = ("all-reduce", "all-gather", "reduce-scatter")
+BESIDE = ", beside computing"
 SMALL, LARGE = 2**12, 2**23  # bytes; the larger is about a bucket of DDP or a block of FSDP2
 SIDE = 64
 FLAGS = [
@@ -148,18 +155,39 @@ def collectives(turns: Turns) -> None:
              lambda whole, share: dist.reduce_scatter_tensor(share, whole)), strict=True,
         ):  # fmt: skip
             acts[f"{kind} {size}"] = partial(act, whole, share)
+    acts["copy"] = torch.ones(LARGE // 4).clone
     for number in range(ROUNDS):
         turns.wait(number)
-        found: dict[str, list[float]] = {name: [] for name in acts}
-        for name, act in acts.items():
-            for _ in range(STEPS):
-                dist.barrier()
-                begin = time.perf_counter()
-                act()
-                found[name].append(time.perf_counter() - begin)
+        found: dict[str, list[float]] = defaultdict(list)
+        for beside in (False, True):
+            with computing() if beside else nullcontext():
+                for name, act in acts.items():
+                    for _ in range(STEPS):
+                        dist.barrier()
+                        begin = time.perf_counter()
+                        act()
+                        found[f"{name}{BESIDE * beside}"].append(time.perf_counter() - begin)
         turns.done(number, {name: seconds[1:] for name, seconds in found.items()})
     time.sleep(1)
     os._exit(0)
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """A thread that multiplies matrices, as a step does."""
+    import torch
+
+    over, matrix = threading.Event(), torch.randn(384, 384)
+
+    def multiply() -> None:
+        while not over.is_set():
+            matrix @ matrix
+
+    thread = threading.Thread(target=multiply)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
 
 
 def start(folder: Path, launcher: list[str], group: str, *args: str, **env: str) -> subprocess.Popen[bytes]:
@@ -212,7 +240,7 @@ def measure(folder: Path, processes: int, fsdp: dict[str, str]) -> dict[str, Any
 
     try:
         wait([f"ready-{group}-{rank}" for group in groups for rank in range(processes)])
-        found: dict[str, Any] = {group: [] for group in groups}
+        found: dict[str, Any] = {group: [] for group in (*groups, "slowest")}
         for number in range(ROUNDS):
             for group in groups:
                 say(folder / "turn", f"{group} {number}")
@@ -223,6 +251,8 @@ def measure(folder: Path, processes: int, fsdp: dict[str, str]) -> dict[str, Any
                     found[group].append({name: statistics.median(values[0][name]) for name in values[0]})
                 else:
                     found[group].append(statistics.mean(map(statistics.median, values)))
+                if group == "alone":
+                    found["slowest"].append(statistics.median(map(max, zip(*values, strict=True))))
         for job in jobs:
             job.wait(timeout=60)
     finally:
@@ -235,33 +265,40 @@ def summary(found: dict[str, Any], processes: int, model: dict[str, int]) -> dic
     """Predicted and measured efficiency, by the medians of the turns."""
     from vit_dist.cost.scaling import Link, Send, Step, bounds, sends
 
-    alone = statistics.median(found["alone"])
-    result: dict[str, Any] = {"step alone": round(alone, 4)}
+    alone, slowest = (statistics.median(found[name]) for name in ("alone", "slowest"))
+    result: dict[str, Any] = {"step alone": round(alone, 4), "slowest": round(slowest, 4)}
     if processes == 1:
         return result
 
-    def seconds(kind: str, size: int) -> float:
-        return statistics.median(turn[f"{kind} {size}"] for turn in found["collectives"])
+    def seconds(name: str) -> float:
+        return statistics.median(turn[name] for turn in found["collectives"])
 
-    def link(send: Send) -> Link:
+    def link(send: Send, beside: str = "") -> Link:
         """Of this kind of collective, from its seconds for two sizes."""
-        small, large = (seconds(send.kind, size) for size in (SMALL, LARGE))
+        small, large = (seconds(f"{send.kind} {size}{beside}") for size in (SMALL, LARGE))
         sent = send.rounds * (send.devices - 1) / send.devices * (LARGE - SMALL)
         return Link(sent / max(large - small, 1e-9), small / send.rounds)
 
+    copies = 2 * LARGE / seconds("copy")
+    result["copies MB/s"] = round(copies / 1e6)
     for strategy in STRATEGIES:
         asked = sends(strategy, devices=processes, shards=processes, **model)
-        low, high = bounds(Step.of(alone), asked, link)
+        asked.append(Send("all-reduce", 0, 2, processes, None))  # whether to stop; whether the loss is finite
+        step = Step.of(slowest)
+        idle = [alone / slowest * end for end in bounds(step, asked, link, copies)]
+        loaded = [alone / slowest * end for end in bounds(step, asked, partial(link, beside=BESIDE), copies)]
         measured = alone / statistics.median(found[strategy])
         turns = [one / other for one, other in zip(found["alone"], found[strategy], strict=True)]
         result[strategy] = {
-            "predicted": [round(low, 3), round(high, 3)], "measured": round(measured, 3),
-            "turns": [round(min(turns), 3), round(max(turns), 3)], "inside": low <= measured <= high,
+            "predicted": [round(loaded[0], 3), round(idle[1], 3)], "measured": round(measured, 3),
+            "turns": [round(min(turns), 3), round(max(turns), 3)], "inside": loaded[0] <= measured <= idle[1],
+            "by idle links": [round(end, 3) for end in idle],
         }  # fmt: skip
         for send in asked:
-            result[f"{send.kind} MB/s, ms"] = [
-                round(link(send).bytes_per_second / 1e6), round(1e3 * send.rounds * link(send).latency, 2)
-            ]  # fmt: skip
+            result[f"{send.kind} MB/s, ms: idle; beside computing"] = [
+                [round(one.bytes_per_second / 1e6), round(1e3 * send.rounds * one.latency, 2)]
+                for one in (link(send), link(send, BESIDE))
+            ]
     return result
 
 

@@ -102,7 +102,7 @@ def bench_file(folder: Path, model: Path | None = None, **changed: Any) -> Path:
     """What `vit-dist bench --json` writes, of which a value of None is left out. `model`: what --bench is used with."""
     found: dict[str, Any] = {
         "device": "NVIDIA H100 80GB HBM3", "precision": "fp32", "batch": 1, "gflop_per_image": 1.0,
-        "step_images_per_second": 20.0, "train_images_per_second": 18.0,
+        "step_images_per_second": 20.0, "train_images_per_second": 18.0, "copy_bytes_per_second": 1e15,
     }  # fmt: skip
     if model:
         with torch.device("meta"):
@@ -204,7 +204,7 @@ def test_a_foreign_measurement_is_one_line(
     ],
 )  # fmt: skip
 def test_a_gpu_is_known_by_the_name_it_gives_itself(gpu: str | None, device: str) -> None:
-    Measured("f", device, "fp32", 1, 1.0, 1.0, 1.0).check(precision="fp32", gflop_per_image=1.0, gpu=gpu)
+    Measured("f", device, "fp32", 1, 1.0, 1.0, 1.0, 1.0).check(precision="fp32", gflop_per_image=1.0, gpu=gpu)
 
 
 def test_what_does_not_fit_has_exit_code_1_and_advice(

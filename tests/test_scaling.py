@@ -93,6 +93,27 @@ def test_what_can_be_hidden() -> None:
     assert bounds(Step(1.0, 2.0, optimizer=3.0), [hidden], lambda _: link)[0] == pytest.approx(6 / 10)
 
 
+def test_copies_are_never_hidden() -> None:
+    step, link = Step(1.0, 2.0, accumulation=2), Link(math.inf)
+    each = Send("all-gather", 4.0, 10, 2, "forward", copied=12.0)
+    once = Send("all-reduce", 4.0, 10, 2, "backward", last_only=True, copied=8.0)
+    assert bounds(step, [each, once], lambda _: link, copies=8.0) == (pytest.approx(6 / 10), pytest.approx(6 / 10))
+    assert bounds(step, [each, once], lambda _: link) == (1, 1)
+
+
+def test_bytes_copied() -> None:
+    weights = MODEL["size"] * MODEL["weights"]
+    per_weight = {
+        "ddp": 2,
+        "zero1": 2,
+        "fsdp2": 2 * 2 * 9 / 8 + 2,
+        "zero3": 2 * 2 * 9 / 8 + 2,
+        "hsdp": 2 * 2 * 5 / 4 + 2,
+    }
+    for strategy, times in per_weight.items():
+        assert sum(send.copied for send in found(strategy)) == pytest.approx(times * weights), strategy
+
+
 def test_a_second_ring_is_busy_at_once() -> None:
     step = Step(1.0, 2.0)
     one = Send("reduce-scatter", 8.0, 10, 2, "backward")

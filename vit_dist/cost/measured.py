@@ -11,7 +11,9 @@ from typing import Any
 
 from vit_dist.errors import UserError
 
-NUMBERS = ("batch", "gflop_per_image", "step_images_per_second", "train_images_per_second")
+NUMBERS = (
+    "batch", "gflop_per_image", "step_images_per_second", "train_images_per_second", "copy_bytes_per_second",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Measured:
     gflop_per_image: float  # forward and backward
     step_images_per_second: float  # without waiting for batches
     train_images_per_second: float  # end to end
+    copy_bytes_per_second: float  # read and written
 
     def check(self, *, precision: str, gflop_per_image: float, gpu: str | None) -> None:
         """Raises UserError if it says nothing of that run. Another batch size is no error: seconds follow images."""

@@ -2,8 +2,9 @@
 
 A step computes `accumulation` times forward and backward. What a strategy sends in it goes round rings: n devices pass
 on (n-1)/n of a tensor to gather or to scatter it, twice that to sum it (Patarasuk & Yuan 2009,
-doi.org/10.1016/j.jpdc.2008.09.002), and each collective waits for its hops. The true step lies between two bounds:
-nothing is sent while something is computed, or all that can be is. Seconds, bytes, bytes per second.
+doi.org/10.1016/j.jpdc.2008.09.002), and each collective waits for its hops. What is sent is first copied into a buffer
+and what comes out of one, by the device that computes. The true step lies between two bounds: nothing is sent while
+something is computed, or all that can be is. Seconds, bytes, bytes per second.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Send:
     during: str | None  # forward, backward: what can be computed meanwhile; None: nothing
     last_only: bool = False  # in the last micro-batch of a step, else in each
     ring: str = "world"  # or shards, replicas
+    copied: float = 0.0  # bytes that the device reads and writes besides
 
     @property
     def rounds(self) -> int:
@@ -81,8 +83,9 @@ def sends(
     `weights`, `trained`: parameters; `blocks`: what FSDP gathers one by one; `shards`: devices that share one copy of
     the weights; `size`: bytes of a value in the run's precision; `ddp_size`: of a gradient that DDP reduces.
 
-    DDP reduces while the last backward runs. FSDP2 gathers each block for every forward and backward and, as the
-    Trainer has it, scatters gradients in the last backward only. ZeRO: Rajbhandari et al. 2020,
+    DDP reduces while the last backward runs, and divides its buckets. FSDP2 gathers each block for every forward and
+    backward and, as the Trainer has it, scatters gradients in the last backward only; it copies shards into a buffer,
+    weights out of one and gradients into one (torch's fsdp/_fully_shard/_fsdp_collectives.py). ZeRO: Rajbhandari 2020,
     https://arxiv.org/abs/1910.02054, section 7, as DeepSpeed 0.19 does it: stages 1 and 2 sum gradients with an
     all-reduce (use_multi_rank_bucket_allreduce), wait for it (overlap_comm is off), and gather the weights after the
     optimizer; stages 2 and 3 do so for each micro-batch.
@@ -91,16 +94,36 @@ def sends(
         return []
     if strategy == "ddp":
         count = 1 + math.ceil(max(0, ddp_size * trained - FIRST_BUCKET) / BUCKET)
-        return [Send("all-reduce", ddp_size * trained, count, devices, "backward", last_only=True)]
+        reduced = ddp_size * trained
+        return [Send("all-reduce", reduced, count, devices, "backward", last_only=True, copied=2 * reduced)]
     if strategy in ("zero1", "zero2"):
         count = math.ceil(trained / ZERO_BUCKET)
         return [
-            Send("all-reduce", size * trained, count, devices, None, last_only=strategy == "zero1"),
+            Send(
+                "all-reduce",
+                size * trained,
+                count,
+                devices,
+                None,
+                last_only=strategy == "zero1",
+                copied=2 * size * trained,
+            ),
             Send("all-gather", size * trained, 1, devices, None, last_only=True),
         ]
     ring = "shards" if strategy == "hsdp" else "world"
-    gather = Send("all-gather", size * weights, blocks, shards, "forward", ring=ring)
-    scatter = Send("reduce-scatter", size * trained, blocks, shards, "backward", strategy in ("fsdp2", "hsdp"), ring)
+    gather = Send(
+        "all-gather", size * weights, blocks, shards, "forward", ring=ring, copied=2 * size * weights * (1 + 1 / shards)
+    )
+    scatter = Send(
+        "reduce-scatter",
+        size * trained,
+        blocks,
+        shards,
+        "backward",
+        strategy in ("fsdp2", "hsdp"),
+        ring,
+        copied=2 * size * trained,
+    )
     found = [gather, replace(gather, during="backward"), scatter]
     if strategy == "hsdp":
         found.append(
@@ -114,13 +137,19 @@ def traffic(found: Sequence[Send], accumulation: int = 1) -> int:
     return int(sum(send.sent * (1 if send.last_only else accumulation) for send in found))
 
 
-def bounds(step: Step, found: Sequence[Send], link: Callable[[Send], Link]) -> tuple[float, float]:
-    """Efficiency (1: as fast as a device alone) with nothing overlapped, and with all that can be."""
+def bounds(
+    step: Step, found: Sequence[Send], link: Callable[[Send], Link], copies: float = math.inf
+) -> tuple[float, float]:
+    """Efficiency (1: as fast as a device alone) with nothing overlapped, and with all that can be.
+
+    `copies`: bytes per second that the device reads and writes; copies are never hidden.
+    """
     early = [send for send in found if not send.last_only]
     apart = (step.accumulation - 1) * sum(send.seconds(link(send)) for send in early)
     apart += sum(send.seconds(link(send)) for send in found)
     hidden = (step.accumulation - 1) * _waited(step, early, link) + _waited(step, found, link)
-    return step.seconds / (step.seconds + apart), step.seconds / (step.seconds + hidden)
+    seconds = step.seconds + sum(send.copied * (1 if send.last_only else step.accumulation) for send in found) / copies
+    return step.seconds / (seconds + apart), step.seconds / (seconds + hidden)
 
 
 def _waited(step: Step, found: Sequence[Send], link: Callable[[Send], Link]) -> float:

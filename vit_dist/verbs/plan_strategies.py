@@ -140,7 +140,7 @@ class _Strategy:
             return scaling.Link(speed, scaling.latency(send.devices, nodes))
 
         step = scaling.Step.of(batch.per_device / bench.step_images_per_second, batch.accumulation)
-        return dict(zip(("low", "high"), scaling.bounds(step, sends, link), strict=True))
+        return dict(zip(("low", "high"), scaling.bounds(step, sends, link, bench.copy_bytes_per_second), strict=True))
 
 
 def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, finds_batch: bool) -> tuple[str, str]:
