@@ -77,7 +77,8 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks.watchdog": set(),
     "callbacks.progress": {"callbacks.speed"},
     "callbacks.profile": set(),
-    "callbacks.speed": {"clock"},
+    "callbacks.communication": {"callbacks.profile"},
+    "callbacks.speed": {"callbacks.communication", "clock"},
     "clock": set(),
     "cost.peak": set(),
     "callbacks.wandb": {"redact"},
@@ -117,7 +118,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run.trackers": {
         "arguments", "run.attempts", "config", "run.run_folder", "trainer", "callbacks.metrics_file",
-        "callbacks.progress", "callbacks.speed", "callbacks.wandb", "cost.flops", "cost.peak", "distributed",
+        "callbacks.communication", "callbacks.profile", "callbacks.progress", "callbacks.speed", "callbacks.wandb",
+        "cost.flops", "cost.peak", "distributed",
     },
     "run.summary": {
         "__init__", "run.attempts", "batch", "build", "config", "schedule", "run.trackers",

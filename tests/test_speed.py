@@ -14,6 +14,8 @@ import torch
 from conftest import rows, run
 
 from vit_dist import clock
+from vit_dist.callbacks import communication
+from vit_dist.callbacks.communication import alone
 from vit_dist.callbacks.speed import Speed, Step, data_advice
 from vit_dist.checkpoint import store
 
@@ -29,7 +31,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def speed(time: clock.Clock, **facts: Any) -> Speed:
-    return Speed(time, Step(32, **facts), "eat more batches", lambda: torch.nn.Identity())
+    return Speed(time, Step(32, **facts), "eat more batches")
 
 
 def train(one: Speed, now: list[float], steps: int, seconds: float) -> None:
@@ -75,6 +77,88 @@ def test_one_word_of_advice_for_what_starves(now: list[float], caplog: pytest.Lo
             logged(one)
     assert [record.message for record in caplog.records] == [
         "50% of the time goes into waiting for data: eat more batches"
+    ]
+
+
+def event(name: str, begin: float, end: float, tid: int = 1, cat: str = "cpu_op") -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": cat, "ts": begin, "dur": end - begin, "tid": tid}
+
+
+def test_communication_is_what_is_not_covered_by_computing() -> None:
+    computing = [event("aten::mm", 0, 40), event("aten::copy_", 10, 20), event("aten::add", 80, 100)]
+    assert alone([event("c10d::allreduce_", 40, 80), *computing]) is None, "asked for, not done"
+    sent = [event("gloo:all_reduce", 30, 70, tid=2), event("aten::copy_", 35, 69, tid=2)]
+    assert alone(computing + sent) == pytest.approx(0.3), "what gloo's own thread copies is not computing"
+    late = event("gloo:all_gather", 60, 90, tid=3)
+    assert alone([*computing, *sent, late]) == pytest.approx(0.4), "two at once count once"
+
+
+def test_on_a_gpu_kernels_count_and_not_what_the_host_does() -> None:
+    host = [event("aten::mm", 0, 500), event("gloo:all_reduce", 0, 400, tid=2), {"ph": "i", "name": "x", "ts": 3}]
+    kernels = [
+        event("sm90_xmma_gemm", 100, 150, 7, "kernel"), event("Memcpy HtoD", 190, 200, 9, "gpu_memcpy"),
+        event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 140, 195, 8, "kernel"),
+    ]  # fmt: skip
+    assert alone(host + kernels) == pytest.approx(0.4)
+
+
+class Trace:
+    """In the place of PyTorch's profiler; `fails`: when it is started, stopped, or written."""
+
+    made = 0
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+        Trace.made += 1
+
+    def start(self) -> None:
+        self._step("start")
+
+    def stop(self) -> None:
+        self._step("stop")
+
+    def export_chrome_trace(self, path: str) -> None:
+        self._step("write")
+        events = [event("aten::mm", 0, 3), event("gloo:all_reduce", 2, 4, tid=2)]
+        Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    def _step(self, name: str) -> None:
+        if name == self.fails:
+            raise RuntimeError(f"cannot {name}")
+
+
+def traced(monkeypatch: pytest.MonkeyPatch, steps: int, fails: str = "", **facts: Any) -> communication.Traced:
+    """After steps of a second each."""
+    Trace.made = 0
+    clock = [100.0]
+    monkeypatch.setattr(communication.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(communication, "profiler", lambda **kwargs: Trace(fails))
+    one = communication.Traced(torch.device("cpu"), **facts)
+    for _ in range(steps):
+        one.on_step_begin(*[SimpleNamespace()] * 3)  # type: ignore[arg-type]
+        clock[0] += 1
+        one.on_step_end(*[SimpleNamespace()] * 3)  # type: ignore[arg-type]
+    return one
+
+
+def test_a_trace_is_made_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = traced(monkeypatch, 2)
+    assert Trace.made == 0 and one.waited(10.0, 2) is None
+    assert traced(monkeypatch, 3).waited(10.0, 3) == pytest.approx(2.5)
+    for steps, made in ((203, 1), (204, 2), (404, 2), (405, 3)):
+        traced(monkeypatch, steps)
+        assert Trace.made == made, steps
+    assert traced(monkeypatch, 8, first=8).share is None and traced(monkeypatch, 9, first=8).share == 0.25
+
+
+@pytest.mark.parametrize("fails", ["start", "stop", "write"])
+def test_a_trace_that_fails_costs_the_figure_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    logging.getLogger("vit_dist").propagate = True
+    assert traced(monkeypatch, 1000, fails).share is None and Trace.made == 1
+    assert [record.message for record in caplog.records] == [
+        f"how long communication is waited for is not measured: cannot {fails}"
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger("vit_dist")
 
 WARM_UP = 5  # steps: compilation, allocations
+
+
+def profiler(**kwargs: Any) -> torch.profiler.profile:
+    """PyTorch's, without the lines that it writes to the screen when it starts and stops."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return torch.profiler.profile(**kwargs)
 
 
 class Profile(TrainerCallback):
@@ -33,7 +40,7 @@ class Profile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._done == WARM_UP and self._profiler is None:
-            self._profiler = torch.profiler.profile()
+            self._profiler = profiler()
             self._profiler.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vit_dist.callbacks.communication import Communication
 from vit_dist.clock import Clock
 
 logger = logging.getLogger("vit_dist")
@@ -35,15 +34,13 @@ class Speed(TrainerCallback):
 
     `images_per_second`, evaluations not counted; `mfu`, the share of the matrix products' peak (PaLM, Chowdhery et al.
     2022, appendix B: operations of forward and backward, nothing counted twice), if the peak is known; `data_wait`,
-    `checkpoint_wait` and, under DDP, `communication_wait`: shares of the time in which this rank's device waits.
-
-    Communication is what PyTorch measures in one step of a hundred: time of the all-reduces that the backward does not
-    cover, waiting for slower ranks included (c10d/logger.hpp). The first step, which compiles, is left out.
+    `checkpoint_wait` and, with several processes, `communication_wait`: shares of the time in which this rank's device
+    waits. The first step, which compiles, is left out.
     """
 
-    def __init__(self, clock: Clock, step: Step, loading: str, wrapped: Callable[[], Any]) -> None:
-        """`loading`: what to do if data comes too late; `wrapped` gives the model as training wraps it."""
-        self.clock, self.step, self.loading, self.wrapped = clock, step, loading, wrapped
+    def __init__(self, clock: Clock, step: Step, loading: str, communication: Communication | None = None) -> None:
+        """`loading`: what to do if data comes too late."""
+        self.clock, self.step, self.loading, self.communication = clock, step, loading, communication
         self._steps = self._since_start = 0
         self._told: set[str] = set()
 
@@ -64,8 +61,9 @@ class Speed(TrainerCallback):
         if self.step.flop and self.step.peak:
             logs[MFU] = round(logs[RATE] * self.step.flop / (self.step.peak * self.step.devices), 4)
         logs["data_wait"] = round(waited["data"] / seconds, 4)
-        if isinstance(model := self.wrapped(), DistributedDataParallel):
-            logs["communication_wait"] = round(min(1.0, _exposed(model) * self._steps / seconds), 4)
+        spent = max(0.0, seconds - waited["data"] - waited["checkpoint"])
+        if self.communication and (sent := self.communication.waited(spent, self._steps)) is not None:
+            logs["communication_wait"] = round(sent / seconds, 4)
         logs["checkpoint_wait"] = round(waited["checkpoint"] / seconds, 4)
         self._steps = 0
         if self._since_start >= ENOUGH:
@@ -81,10 +79,8 @@ class Speed(TrainerCallback):
         if key == "data_wait":
             return f"goes into waiting for data: {self.loading}"
         if key == "communication_wait":
-            return (
-                "goes into averaging gradients: more images per step and device (--per_device_train_batch_size, "
-                "--gradient_accumulation_steps), or --ddp_bf16_all_reduce on GPUs"
-            )
+            assert self.communication is not None
+            return f"goes into communication: {self.communication.advice}"
         return "goes into checkpoints: save less often (--save_steps), or into a faster folder"
 
 
@@ -98,10 +94,3 @@ def data_advice(workers: int, cores: int) -> str:
     if workers < cores - 1:
         return f"more --dataloader_num_workers than {workers}, there are {cores} cores"
     return "--image_source resident where all images have one size, cache where they are large, or more cores"
-
-
-def _exposed(ddp: DistributedDataParallel) -> float:
-    """Seconds of a step's all-reduces that the backward does not cover, on average so far."""
-    found: Any = ddp._get_ddp_logging_data()  # what there is of it in public; tests/test_speed.py reads it
-    spent = found.get("avg_backward_comm_time", 0) - found.get("avg_backward_compute_comm_overlap_time", 0)
-    return max(0, spent) / 1e9
