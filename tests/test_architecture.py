@@ -145,9 +145,9 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "files", "strategy", "trainer",
     },
     "verbs.plan": {
-        "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.sampler", "errors", "cost.flops",
-        "cost.measured", "metrics.__init__", "model", "run.run_folder", "schedule", "trainer", "verbs.machines",
-        "verbs.parser", "verbs.plan_strategies", "verbs.plan_text",
+        "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.resident", "data.sampler", "errors",
+        "cost.flops", "cost.measured", "metrics.__init__", "model", "run.run_folder", "schedule", "trainer",
+        "verbs.machines", "verbs.parser", "verbs.plan_strategies", "verbs.plan_text",
     },
     "verbs.plan_strategies": {
         "auto_batch", "batch", "config", "cost.measured", "cost.memory", "cost.scaling", "strategy", "verbs.machines",

@@ -239,14 +239,16 @@ def test_a_bad_image_ends_the_building(camera: Path, tmp_path: Path) -> None:
 def test_list_and_remove(camera: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     where = ["--cache_dir", str(tmp_path)]
     assert verb.main(["--list", *where]) == 0
-    assert "there is no image cache" in capfd.readouterr().out
+    assert "there is no image cache in " in capfd.readouterr().out
     assert verb.main(["--data", str(camera), "--model", "tiny", *where]) == 0
     out = capfd.readouterr().out
     keys = list(caches(str(tmp_path)))
     assert all(str(tmp_path / "vit_dist" / f"images-{key}") in out for key in keys) and "61 images" in out
     assert verb.main(["--list", *where]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["key", *keys]
+    total = sum(has.bytes for _, has, _ in caches(str(tmp_path)).values())
+    assert [line.split()[0] for line in lines[:-1]] == ["key", *keys]
+    assert lines[-1] == f"{total:,} bytes in {tmp_path / 'vit_dist'}"
     assert f"train: {camera}" in "\n".join(lines)
     for wrong in ("", "none"):
         assert verb.main(["--remove", wrong, *where]) == 2

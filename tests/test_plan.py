@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import results, run
+from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from vit_dist.cost import memory
@@ -242,6 +244,27 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_bf16(
     assert 0.5 < bf16.per_image / fp32.per_image < 0.75
     assert light.per_image < 0.25 * bf16.per_image
     assert bf16.fixed == pytest.approx(2 * 85.8e6, rel=0.05), "autocast's copies of the weights"
+
+
+def test_images_that_stay_on_the_gpu_take_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path
+) -> None:
+    for split, count in (("train", 30), ("validation", 5), ("test", 5)):
+        for index in range(count):
+            path = tmp_path / split / str(index % 5) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (320, 200), (index, 0, 0)).save(path)
+    flags = ["--data", tmp_path, "--model", checkpoint, "--per_device_train_batch_size", 2, "--gpu_memory", 24]
+    rows = {
+        source: planned(capsys, *flags, "--image_source", source)["strategies"]["single"]
+        for source in ("auto", "resident", "stream", "processor")
+    }
+    assert [row["images"] for row in rows.values()] == [40 * 3 * 320 * 200] * 2 + [0, 0]
+    assert rows["auto"]["total"] - rows["stream"]["total"] == rows["auto"]["images"]
+    assert plan.main(list(map(str, flags))) == 0
+    assert re.search(r"activations +images +reserve", capsys.readouterr().out)
+    few = planned(capsys, *flags, "--gpu_memory", 0.02)["strategies"]["single"]
+    assert few["images"] == 0, "more than a quarter of it"
 
 
 def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def place_images(
     pixels.to(device)
     against = []
     if source in ("auto", "resident"):
-        refused = _refusal(data, device)
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        refused = _kept(data, memory)[1]
         sets = _resident(data, device, workers) if not refused else None
         if sets is not None:
             size = sum(dataset.images.numel() for dataset in sets.values())
@@ -118,18 +119,26 @@ def _with(data: ImageData, sets: Mapping[str, ImageDataset], note: str) -> Image
     )
 
 
-def _refusal(data: ImageData, device: torch.device) -> str:
-    """Why the images cannot be resident, as far as their number and the first ones say; empty if they may."""
-    room = torch.cuda.get_device_properties(device).total_memory * MOST_SHARE if device.type == "cuda" else MOST_BYTES
+def resident_bytes(data: ImageData, source: str, memory: float | None) -> int:
+    """What a GPU with so many bytes of memory (None: not known) keeps of the images with that `--image_source`."""
+    if source not in ("auto", "resident") or Pixels.of(data.processor) is None:
+        return 0
+    return _kept(data, memory)[0]
+
+
+def _kept(data: ImageData, memory: float | None) -> tuple[int, str]:
+    """Bytes of all images, or 0 and why they cannot be resident, as far as their number and the first ones say."""
     sizes, needed = set(), 0
     for dataset in _splits(data).values():
         first = [dataset.decoded(index).size for index in range(min(4, len(dataset)))]
         sizes |= set(first)
         needed += 3 * len(dataset) * first[0][0] * first[0][1]
     if len(sizes) > 1:
-        return SEVERAL
-    most = min(room, MOST_BYTES)
-    return f"{needed / 2**30:,.1f} GiB of bytes, at most {most / 2**30:,.1f} are kept" if needed > most else ""
+        return 0, SEVERAL
+    most = MOST_BYTES if memory is None else min(MOST_SHARE * memory, MOST_BYTES)
+    if needed > most:
+        return 0, f"{needed / 2**30:,.1f} GiB of bytes, at most {most / 2**30:,.1f} are kept"
+    return needed, ""
 
 
 def _cached(data: ImageData, cache_dir: str | None, progress: Progress) -> tuple[dict[str, CachedDataset], str]:

@@ -131,7 +131,8 @@ def _measure(built: Built, steps: int, images: int, found: dict[str, Any]) -> No
         f"{'peak':<22}{found['matmul_flops'] / 1e12:10,.2f} TFLOP/s in matrix products, "
         f"{found['copy_bytes_per_second'] / 1e9:,.0f} GB/s in copies"
     )
-    note("decode", "decoding, one core", _decode_rate(built))
+    cached = built.image_source == "cache"  # whose images were decoded when it was built
+    note("decode", "out of the cache" if cached else "decoding, one core", _decode_rate(built))
     rate, batch = _batches_alone(built, steps)
     note("input", "batches alone", rate)
     repeated = _Repeated(batch, (steps + WARM_UP) * args.gradient_accumulation_steps)
@@ -248,7 +249,7 @@ def _evaluation_rate(built: Built) -> float:
 
 
 def _decode_rate(built: Built) -> float:
-    """Images a second that this process decodes, without crops."""
+    """Images a second that this process decodes, or takes out of a cache, without crops."""
     images, count, begin = built.data.train, 0, time.perf_counter()
     while time.perf_counter() - begin < 1.0:
         images.decoded(count % len(images))

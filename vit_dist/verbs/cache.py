@@ -67,13 +67,19 @@ def build(config: Config) -> None:
 
 
 def show(cache_dir: str | None) -> None:
-    from vit_dist.data.image_cache import caches
+    from vit_dist.data.image_cache import cache_folder, caches
 
+    found = caches(cache_dir)
     rows = [("key", "images", "input", "shortest", "bytes", "last used (UTC)", "data")]
-    for key, (_, has, used) in caches(cache_dir).items():
+    for key, (_, has, used) in found.items():
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(used))
         rows.append((key, f"{has.images:,}", str(has.side), str(has.shortest), f"{has.bytes:,}", when, has.data))
-    console.say(*console.aligned(rows) if len(rows) > 1 else ["there is no image cache"])
+    total = sum(has.bytes for _, has, _ in found.values())
+    where = cache_folder(cache_dir)
+    if found:
+        console.say(*console.aligned(rows), f"{total:,} bytes in {where}")
+    else:
+        console.say(f"there is no image cache in {where}")
 
 
 def remove(cache_dir: str | None, key: str) -> None:

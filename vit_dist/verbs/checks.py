@@ -213,7 +213,8 @@ def check_shm(job: Job) -> Result:
     if not workers:
         return Result("skip", "no data loading workers (dataloader_num_workers 0)")
     batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-    image = 3 * (job.config.model.image_size or 224) ** 2 * 4
+    streamed = args.device.type == "cuda" and job.config.data.image_source != "processor"  # bytes, not float32
+    image = 3 * (job.config.model.image_size or 224) ** 2 * (1 if streamed else 4)
     need = workers * ((args.dataloader_prefetch_factor or 2) + 1) * batch * image
     free = shutil.disk_usage("/dev/shm").free
     state = f"{free / MIB:,.0f} MiB free, batches of the workers take about {need / MIB:,.0f} MiB"

@@ -81,6 +81,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.arguments import reporters
     from vit_dist.cost.flops import count_flops
     from vit_dist.data.pipeline import build_data
+    from vit_dist.data.resident import resident_bytes
     from vit_dist.data.sampler import GlobalBatchSampler
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import skeleton
@@ -110,7 +111,8 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     if bench:
         flops = count_flops(model, data.input_size)
         bench.check(precision=config.precision, gflop_per_image=flops.training / 1e9, gpu=machines.gpu)
-    weighed, batch = weigh(config, machines, batch, model, data.input_size, bench, asked.strategy)
+    images = resident_bytes(data, config.data.image_source, machines.memory)
+    weighed, batch = weigh(config, machines, batch, model, data.input_size, bench, asked.strategy, images)
     plan: dict[str, Any] = {
         "source": config.source,
         "machines": {**asdict(machines), "processes": machines.processes},

@@ -39,16 +39,19 @@ def weigh(
     side: int,
     bench: Measured | None,
     asked: str,
+    images: int = 0,
 ) -> tuple[dict[str, Any], Batch]:
     """`strategies`: bytes on a GPU, traffic and efficiency of each; `strategy`: the one asked for or recommended, and
     `why`; `fits`; `disk`. With it the batch as that strategy splits it: each finds a micro-batch of its own if it is to
-    be found. `side` in pixels.
+    be found. `side` in pixels; `images`: bytes of them that stay on each GPU.
     """
     mark_blocks(model)
     checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
     saved = memory.activations(model, side, config.precision, checkpointing)
     tensors = memory.Tensors.of(model)
-    each = {name: _Strategy(name, config, machines, tensors, saved).row(batch, bench) for name in possible(machines)}
+    each = {
+        name: _Strategy(name, config, machines, tensors, saved, images).row(batch, bench) for name in possible(machines)
+    }
     table = {name: row for name, (row, _) in each.items()}
     chosen, why = _choose(asked, table, machines, config.finds_batch)
     return {
@@ -71,6 +74,7 @@ class _Strategy:
     machines: Machines
     tensors: memory.Tensors
     saved: memory.Activations
+    images: int
 
     @property
     def shards(self) -> int:
@@ -87,7 +91,7 @@ class _Strategy:
 
     def total(self, share: int, images: int) -> int:
         """Bytes on a GPU that takes so many images of its `share` at once."""
-        return self.state(share // images).total + self.saved.of(images) + memory.RESERVE
+        return self.state(share // images).total + self.saved.of(images) + self.images + memory.RESERVE
 
     def row(self, batch: Batch, bench: Measured | None) -> tuple[dict[str, Any], Batch]:
         """Its line of the table, and the batch as it is split for it."""
@@ -102,6 +106,7 @@ class _Strategy:
             "per_device": batch.per_device,
             **asdict(self.state(batch.accumulation)),
             "activations": self.saved.of(batch.per_device),
+            "images": self.images,
             "reserve": memory.RESERVE,
             "total": total,
             "fits": None if room is None else total <= room,

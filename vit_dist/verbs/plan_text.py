@@ -32,7 +32,9 @@ def render(plan: dict[str, Any]) -> list[str]:
         wait = f"{sent / machines['link'] * 1e3:,.1f} ms at {machines['link'] / 1e9:g} GB/s, less what overlaps"
         lines.append(("", f"a step sends {sent / 1e9:.2f} GB from each GPU: {wait} with the backward"))
     lines.append(("memory", "on one GPU, in GB; traffic in GB that a GPU sends per step"))
-    columns = ("parameters", "gradients", "optimizer", "buffers", "activations", "reserve", "total", "traffic")
+    kept = any(row["images"] > 5e6 for row in plan["strategies"].values())  # fewer would be a column of 0.00
+    images = ("images",) if kept else ()
+    columns = ("parameters", "gradients", "optimizer", "buffers", "activations", *images, "reserve", "total", "traffic")
     lines.append(("", "".join([f"{'':<15}", *(f"{name:>12}" for name in columns), "  fits"])))
     for name, row in plan["strategies"].items():
         mark = "*" if name == plan["strategy"] else " "
