@@ -289,6 +289,17 @@ def _stopped_after(steps: int, metrics: Path, command: list[str]) -> int:
     return process.returncode
 
 
+def _medians(kept: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Images per second of each part, or of each of its variants."""
+    rates: dict[str, list[float]] = {}
+    for part, turns in kept.items():
+        for found in turns:
+            rate = found.get("images_per_second", found.get("step_images_per_second"))
+            for name, value in rate.items() if isinstance(rate, dict) else [("", rate)] if rate else []:
+                rates.setdefault(f"{part} {name}".strip(), []).append(value)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cifar10", type=Path)
@@ -307,7 +318,7 @@ def main() -> None:
         sys.stdout.write(json.dumps({given.part: found, **facts}) + "\n")
         return
     measured: dict[str, Any] = {}
-    rates: dict[str, list[float]] = {}
+    kept: dict[str, list[dict[str, Any]]] = {part: [] for part in given.parts}
     turns = [given.parts if turn % 2 == 0 else given.parts[::-1] for turn in range(given.turns)]
     for part in itertools.chain(*turns):
         begin = time.perf_counter()
@@ -316,17 +327,17 @@ def main() -> None:
                 [sys.executable, *sys.argv, "--part", part], capture_output=True, text=True, timeout=PATIENCE
             )
             lines, told = done.stdout.splitlines(), done.stderr.splitlines()
-            measured |= json.loads(lines[-1]) if done.returncode == 0 else {part: {"failed": told[-15:]}}
+            found = json.loads(lines[-1]) if done.returncode == 0 else {part: {"failed": told[-15:]}}
         except subprocess.TimeoutExpired as error:
-            measured[part] = {"failed": str(error)}
-        if isinstance(rate := measured[part].get("images_per_second"), float):
-            rates.setdefault(part, []).append(rate)
-        medians = {part: statistics.median(found) for part, found in rates.items()}
-        sys.stderr.write(f"{part}: {measured[part]} ({time.perf_counter() - begin:.0f} s)\n")
+            found = {part: {"failed": str(error)}}
+        kept[part].append(found[part])
+        if "failed" not in found[part] or part not in measured:
+            measured |= found
+        sys.stderr.write(f"{part}: {found[part]} ({time.perf_counter() - begin:.0f} s)\n")
         record(
             __file__, given.out, ("torch", "transformers", "accelerate", "datasets", "timm", "torchvision", "pillow"),
-            torch.cuda.get_device_name() if GPU else "cpu", model="tiny" if given.small else "ViT-B/16", turns=rates,
-            median=medians, **measured,
+            torch.cuda.get_device_name() if GPU else "cpu", model="tiny" if given.small else "ViT-B/16",
+            median=_medians(kept), turns=kept if given.turns > 1 else None, **measured,
         )  # fmt: skip
 
 

@@ -185,9 +185,11 @@ def computing() -> Iterator[None]:
 
     thread = threading.Thread(target=multiply)
     thread.start()
-    yield
-    over.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def start(folder: Path, launcher: list[str], group: str, *args: str, **env: str) -> subprocess.Popen[bytes]:

@@ -219,6 +219,12 @@ def test_limits_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free * 2**20))
         found = checks.check_shm(job(workers=8, processes=2))
         assert found.status == status and ("--shm-size" in found.detail) == (status != "ok")
+    need = 8 * 3 * 8 * 3 * 224**2  # workers, batches of each, images, bytes
+    for flags, floats in ((["--image_source", "stream"], 1), (["--image_source", "processor"], 4), ([], 4)):
+        assert f"about {need * floats / 2**20:,.0f} MiB" in checks.check_shm(job(*flags, workers=8)).detail, flags
+    on_gpu = job(workers=8)
+    on_gpu.args.device = torch.device("cuda")
+    assert f"about {need / 2**20:,.0f} MiB" in checks.check_shm(on_gpu).detail
     for free, status in ((0.5, "FAIL"), (5, "warn"), (50, "ok")):
         monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free * 2**30))
         found = checks.check_disk(job())

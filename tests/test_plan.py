@@ -265,6 +265,14 @@ def test_images_that_stay_on_the_gpu_take_memory(
     assert re.search(r"activations +images +reserve", capsys.readouterr().out)
     few = planned(capsys, *flags, "--gpu_memory", 0.02)["strategies"]["single"]
     assert few["images"] == 0, "more than a quarter of it"
+    refused = [*map(str, flags), "--image_source", "resident"]
+    assert plan.main([*refused, "--gpu_memory", "0.02"]) == 2
+    assert "image_source=resident: 0.0 GiB of bytes, at most" in capsys.readouterr().err
+    Image.new("RGB", (30, 20)).save(tmp_path / "train/0/0.png")
+    assert plan.main(refused) == 2
+    assert "image_source=resident: images of several sizes; use stream or cache" in capsys.readouterr().err
+    (tmp_path / "train/0/0.png").write_bytes(b"no image")
+    assert planned(capsys, *flags)["strategies"]["single"]["images"] == 0, "training finds it and names it"
 
 
 def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:

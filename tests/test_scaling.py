@@ -102,16 +102,17 @@ def test_copies_are_never_hidden() -> None:
 
 
 def test_bytes_copied() -> None:
-    weights = MODEL["size"] * MODEL["weights"]
-    per_weight = {
-        "ddp": 2,
-        "zero1": 2,
-        "fsdp2": 2 * 2 * 9 / 8 + 2,
-        "zero3": 2 * 2 * 9 / 8 + 2,
-        "hsdp": 2 * 2 * 5 / 4 + 2,
-    }
-    for strategy, times in per_weight.items():
-        assert sum(send.copied for send in found(strategy)) == pytest.approx(times * weights), strategy
+    """For each parameter, as the operators that PyTorch and DeepSpeed call read and write them."""
+    expected = {
+        ("ddp", 4): 8, ("zero1", 4): 24 + 1, ("zero1", 2): 12 + 0.5, ("zero2", 4): 24 + 1,
+        ("fsdp2", 4): 2 * (8 + 8 / 8) + 8, ("fsdp2", 2): 2 * (4 + 10 / 8) + 4 + 6 / 8,
+        ("hsdp", 4): 2 * (8 + 8 / 4) + 8, ("zero3", 4): 2 * (8 + 8 / 8) + 24, ("zero3", 2): 2 * (4 + 4 / 8) + 12,
+    }  # fmt: skip
+    for (strategy, size), per_parameter in expected.items():
+        total = sum(send.copied for send in found(strategy, size=size))
+        assert total == pytest.approx(per_parameter * MODEL["trained"]), (strategy, size)
+    (halved,) = found("ddp", ddp_size=2)
+    assert halved.copied == 24 * MODEL["trained"], "less is sent, more is copied"
 
 
 def test_a_second_ring_is_busy_at_once() -> None:

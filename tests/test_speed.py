@@ -86,11 +86,11 @@ def event(name: str, begin: float, end: float, tid: int = 1, cat: str = "cpu_op"
 
 def test_communication_is_what_is_not_covered_by_computing() -> None:
     computing = [event("aten::mm", 0, 40), event("aten::copy_", 10, 20), event("aten::add", 80, 100)]
-    assert alone([event("c10d::allreduce_", 40, 80), *computing]) is None, "asked for, not done"
+    assert alone([event("c10d::allreduce_", 40, 80), *computing], False) is None, "asked for, not done"
     sent = [event("gloo:all_reduce", 30, 70, tid=2), event("aten::copy_", 35, 69, tid=2)]
-    assert alone(computing + sent) == pytest.approx(0.3), "what gloo's own thread copies is not computing"
+    assert alone(computing + sent, False) == pytest.approx(0.3), "what gloo's own thread copies is not computing"
     late = event("gloo:all_gather", 60, 90, tid=3)
-    assert alone([*computing, *sent, late]) == pytest.approx(0.4), "two at once count once"
+    assert alone([*computing, *sent, late], False) == pytest.approx(0.4), "two at once count once"
 
 
 def test_on_a_gpu_kernels_count_and_not_what_the_host_does() -> None:
@@ -99,7 +99,15 @@ def test_on_a_gpu_kernels_count_and_not_what_the_host_does() -> None:
         event("sm90_xmma_gemm", 100, 150, 7, "kernel"), event("Memcpy HtoD", 190, 200, 9, "gpu_memcpy"),
         event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 140, 195, 8, "kernel"),
     ]  # fmt: skip
-    assert alone(host + kernels) == pytest.approx(0.4)
+    assert alone(host + kernels, True) == pytest.approx(0.4)
+    assert alone(host + kernels[:2], True) is None
+    with pytest.raises(ValueError, match="none of the GPU's kernels"):
+        alone(host, True)
+
+
+def test_an_operator_that_calls_a_collective_does_not_compute_meanwhile() -> None:
+    norm = [event("aten::linalg_vector_norm", 40, 100), event("_c10d_functional::wait_tensor", 45, 100)]
+    assert alone([event("aten::mm", 0, 40), *norm, event("gloo:all_reduce", 45, 99, tid=2)], False) == 0.54
 
 
 class Trace:

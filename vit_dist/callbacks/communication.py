@@ -20,7 +20,6 @@ from vit_dist.callbacks.profile import profiler
 logger = logging.getLogger("vit_dist")
 
 RARE = 200  # times as long as a trace took passes before the next: half a percent at most
-Spans = list[tuple[float, float]]
 
 
 class Communication(Protocol):
@@ -98,7 +97,7 @@ class Traced(TrainerCallback):
         with tempfile.TemporaryDirectory(prefix="vit_dist-trace-") as folder:
             path = Path(folder) / "step.json"
             self._profiler.export_chrome_trace(str(path))
-            self.share = alone(json.loads(path.read_bytes())["traceEvents"])
+            self.share = alone(json.loads(path.read_bytes())["traceEvents"], self.device.type == "cuda")
 
     def _guarded(self, act: Callable[[], object]) -> None:
         """A trace that cannot be made or kept costs the figure, not the run."""
@@ -113,42 +112,38 @@ class Traced(TrainerCallback):
             torch.cuda.synchronize()
 
 
-def alone(events: Iterable[dict[str, Any]]) -> float | None:
+def alone(events: Iterable[dict[str, Any]], gpu: bool) -> float | None:
     """Share of a Chrome trace's time in which collectives run and nothing is computed; None if it has no collective.
 
-    With a GPU in it: its kernels, NCCL's against all others, copies included. Else gloo's operations against PyTorch's
-    of the threads that are not gloo's. Waiting for slower ranks counts: collectives begin when they are asked for.
+    On a GPU its kernels count, NCCL's against all others, copies included. Else gloo's operations against PyTorch's of
+    the threads that are not gloo's, less what of these is a collective called within them. Waiting for slower ranks
+    counts: collectives begin when they are asked for. Raises ValueError if a GPU's kernels are missing.
     """
     timed = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    kernels = [event for event in timed if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if kernels:
+    called: list[dict[str, Any]] = []
+    if gpu:
+        kernels = [event for event in timed if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+        if not kernels:
+            raise ValueError("the trace has none of the GPU's kernels")
         sending = [event for event in kernels if event["name"].startswith("nccl")]
         computing = [event for event in kernels if not event["name"].startswith("nccl")]
     else:
         sending = [event for event in timed if event["name"].startswith("gloo:")]
         threads = {event["tid"] for event in sending}
-        computing = [event for event in timed if event["name"].startswith("aten::") and event["tid"] not in threads]
+        own = [event for event in timed if event["tid"] not in threads]
+        computing = [event for event in own if event["name"].startswith("aten::")]
+        called = [event for event in own if event["name"].startswith(("c10d::", "_c10d_functional::"))]
     if not sending:
         return None
-    begin, end = (pick(edge for span in map(_span, sending + computing) for edge in span) for pick in (min, max))
-    busy, both = _length(_joined(computing)), _length(_joined(sending + computing))
-    return (both - busy) / (end - begin)
-
-
-def _span(event: dict[str, Any]) -> tuple[float, float]:
-    return event["ts"], event["ts"] + event["dur"]
-
-
-def _joined(events: list[dict[str, Any]]) -> Spans:
-    """The time that at least one of them takes, as spans that do not touch."""
-    spans: Spans = []
-    for begin, end in sorted(map(_span, events)):
-        if spans and begin <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-        else:
-            spans.append((begin, end))
-    return spans
-
-
-def _length(spans: Spans) -> float:
-    return sum(end - begin for begin, end in spans)
+    edges = []  # when, of which kind, whether one more or one less of it is under way
+    for kind, those in enumerate((sending, computing, called)):
+        edges += [(event["ts"], kind, 1) for event in those]
+        edges += [(event["ts"] + event["dur"], kind, -1) for event in those]
+    edges.sort()
+    waited, before, active = 0.0, edges[0][0], [0, 0, 0]
+    for now, kind, change in edges:
+        if active[0] and (not active[1] or active[2]):
+            waited += now - before
+        before = now
+        active[kind] += change
+    return waited / (edges[-1][0] - edges[0][0])

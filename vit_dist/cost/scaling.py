@@ -83,10 +83,12 @@ def sends(
     `weights`, `trained`: parameters; `blocks`: what FSDP gathers one by one; `shards`: devices that share one copy of
     the weights; `size`: bytes of a value in the run's precision; `ddp_size`: of a gradient that DDP reduces.
 
-    DDP reduces while the last backward runs, and divides its buckets. FSDP2 gathers each block for every forward and
-    backward and, as the Trainer has it, scatters gradients in the last backward only; it copies shards into a buffer,
-    weights out of one and gradients into one (torch's fsdp/_fully_shard/_fsdp_collectives.py). ZeRO: Rajbhandari 2020,
-    https://arxiv.org/abs/1910.02054, section 7, as DeepSpeed 0.19 does it: stages 1 and 2 sum gradients with an
+    DDP reduces while the last backward runs; gradients are divided as they are copied into its buckets, and with bf16
+    converted, divided, and converted back. FSDP2 gathers each block for every forward and backward and, as the Trainer
+    has it, scatters gradients in the last backward only; it copies shards into a buffer, weights out of one and
+    gradients into one (torch's fsdp/_fully_shard/_fsdp_collectives.py). DeepSpeed copies gradients into buckets,
+    divides and joins them (runtime/zero/stage_1_and_2.py, comm/coalesced_collectives.py). ZeRO: Rajbhandari et al.
+    2020, https://arxiv.org/abs/1910.02054, section 7, as DeepSpeed 0.19 does it: stages 1 and 2 sum gradients with an
     all-reduce (use_multi_rank_bucket_allreduce), wait for it (overlap_comm is off), and gather the weights after the
     optimizer; stages 2 and 3 do so for each micro-batch.
     """
@@ -94,36 +96,24 @@ def sends(
         return []
     if strategy == "ddp":
         count = 1 + math.ceil(max(0, ddp_size * trained - FIRST_BUCKET) / BUCKET)
-        reduced = ddp_size * trained
-        return [Send("all-reduce", reduced, count, devices, "backward", last_only=True, copied=2 * reduced)]
-    if strategy in ("zero1", "zero2"):
-        count = math.ceil(trained / ZERO_BUCKET)
+        passes = 2 if ddp_size == 4 else 12
         return [
-            Send(
-                "all-reduce",
-                size * trained,
-                count,
-                devices,
-                None,
-                last_only=strategy == "zero1",
-                copied=2 * size * trained,
-            ),
-            Send("all-gather", size * trained, 1, devices, None, last_only=True),
+            Send("all-reduce", ddp_size * trained, count, devices, "backward", True, copied=passes * ddp_size * trained)
         ]
-    ring = "shards" if strategy == "hsdp" else "world"
-    gather = Send(
-        "all-gather", size * weights, blocks, shards, "forward", ring=ring, copied=2 * size * weights * (1 + 1 / shards)
-    )
-    scatter = Send(
-        "reduce-scatter",
-        size * trained,
-        blocks,
-        shards,
-        "backward",
-        strategy in ("fsdp2", "hsdp"),
-        ring,
-        copied=2 * size * trained,
-    )
+    gradients = size * trained
+    if strategy in ("zero1", "zero2"):
+        count, copied = math.ceil(trained / ZERO_BUCKET), (6 + 2 / devices) * gradients
+        return [
+            Send("all-reduce", gradients, count, devices, None, last_only=strategy == "zero1", copied=copied),
+            Send("all-gather", gradients, 1, devices, None, last_only=True),
+        ]
+    ring, sharded = "shards" if strategy == "hsdp" else "world", size * weights
+    into, back = 2 * sharded / shards, 0.0
+    if strategy != "zero3" and size == 2:  # shards are float32, and change their type as well
+        into, back = 10 * weights / shards, 6 * trained / shards
+    gather = Send("all-gather", sharded, blocks, shards, "forward", ring=ring, copied=2 * sharded + into)
+    copied = 6 * gradients if strategy == "zero3" else 2 * gradients + back
+    scatter = Send("reduce-scatter", gradients, blocks, shards, "backward", strategy != "zero3", ring, copied)
     found = [gather, replace(gather, during="backward"), scatter]
     if strategy == "hsdp":
         found.append(

@@ -21,6 +21,7 @@ from vit_dist.errors import UserError
 MOST_BYTES = 8 * 2**30  # of all splits together; CIFAR-10 has 184 MB
 MOST_SHARE = 0.25  # of the device's memory
 SEVERAL = "images of several sizes"
+UNUSUAL = "the model's image processor does more than resize to a square, rescale and normalise"
 _BY_WORKERS = 4096  # images from which on decoding is worth its own processes
 
 
@@ -43,10 +44,9 @@ def place_images(
         return _with(data, _splits(data), "images made by the model's image processor"), None, "processor"
     pixels = Pixels.of(data.processor)
     if pixels is None:
-        reason = "the model's image processor does more than resize to a square, rescale and normalise"
         if source != "auto":
-            raise UserError(f"image_source={source}: {reason}; use auto or processor")
-        return _with(data, _splits(data), f"images made by the processor on the CPU: {reason}"), None, "processor"
+            raise _refused(source, UNUSUAL)
+        return _with(data, _splits(data), f"images made by the processor on the CPU: {UNUSUAL}"), None, "processor"
     pixels.to(device)
     against = []
     if source in ("auto", "resident"):
@@ -58,7 +58,7 @@ def place_images(
             note = f"images resident on {device}, {size / 1e6:,.0f} MB of bytes: no data loading"
             return _with(data, sets, note), pixels, "resident"
         if source == "resident":
-            raise UserError(f"image_source=resident: {refused or SEVERAL}; use stream or cache")
+            raise _refused(source, refused or SEVERAL)
         against.append(f"not resident: {refused or SEVERAL}")
     if source == "cache":
         kept, note = _cached(data, cache_dir, progress)
@@ -120,10 +120,30 @@ def _with(data: ImageData, sets: Mapping[str, ImageDataset], note: str) -> Image
 
 
 def resident_bytes(data: ImageData, source: str, memory: float | None) -> int:
-    """What a GPU with so many bytes of memory (None: not known) keeps of the images with that `--image_source`."""
-    if source not in ("auto", "resident") or Pixels.of(data.processor) is None:
+    """What a GPU with so many bytes of memory (None: not known) keeps of the images with that `--image_source`.
+
+    Raises UserError where `place_images` would.
+    """
+    if source == "processor":
         return 0
-    return _kept(data, memory)[0]
+    if Pixels.of(data.processor) is None:
+        if source != "auto":
+            raise _refused(source, UNUSUAL)
+        return 0
+    if source not in ("auto", "resident"):
+        return 0
+    try:
+        kept, reason = _kept(data, memory)
+    except RuntimeError:  # one that does not decode, which training finds and names
+        return 0
+    if reason and source == "resident":
+        raise _refused(source, reason)
+    return kept
+
+
+def _refused(source: str, reason: str) -> UserError:
+    others = "auto or processor" if reason == UNUSUAL else "stream or cache"
+    return UserError(f"image_source={source}: {reason}; use {others}")
 
 
 def _kept(data: ImageData, memory: float | None) -> tuple[int, str]:

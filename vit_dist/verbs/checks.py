@@ -213,8 +213,7 @@ def check_shm(job: Job) -> Result:
     if not workers:
         return Result("skip", "no data loading workers (dataloader_num_workers 0)")
     batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-    streamed = args.device.type == "cuda" and job.config.data.image_source != "processor"  # bytes, not float32
-    image = 3 * (job.config.model.image_size or 224) ** 2 * (1 if streamed else 4)
+    image = 3 * (job.config.model.image_size or 224) ** 2 * (1 if _hands_over_bytes(job) else 4)
     need = workers * ((args.dataloader_prefetch_factor or 2) + 1) * batch * image
     free = shutil.disk_usage("/dev/shm").free
     state = f"{free / MIB:,.0f} MiB free, batches of the workers take about {need / MIB:,.0f} MiB"
@@ -222,6 +221,20 @@ def check_shm(job: Job) -> Result:
     if free < need:
         return Result("FAIL", f"{state}; {cure}")
     return Result("warn", f"{state}, which is close; {cure}") if free < 2 * need else Result("ok", state)
+
+
+def _hands_over_bytes(job: Job) -> bool:
+    """Not float32, as `data.resident.place_images` decides it."""
+    from vit_dist.data.pixels import Pixels
+    from vit_dist.data.transforms import load_processor
+
+    source = job.config.data.image_source
+    if source != "auto":
+        return source != "processor"
+    try:
+        return job.args.device.type == "cuda" and Pixels.of(load_processor(job.config.model)) is not None
+    except (OSError, UserError):
+        return False  # the model's own check says what is wrong with it
 
 
 def check_files(job: Job) -> Result:
