@@ -76,7 +76,7 @@ def _parser() -> Parser:
 
 
 def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[str, Any]:
-    """The plan as plain values (bytes, seconds, images). Reads the index of the data, a few images, the model's config."""
+    """The plan as plain values (bytes, seconds, images). Reads the data's index, a few images, the model's config."""
     # Slow to import; a mistake in the command should be told at once.
     from vit_dist.arguments import reporters
     from vit_dist.cost.flops import count_flops
