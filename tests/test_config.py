@@ -83,6 +83,15 @@ def test_a_bad_recipe_is_one_line_with_file_and_line(recipe, text: str, message:
     assert path in str(caught.value) and "\n" not in str(caught.value) and "hf_secret" not in str(caught.value)
 
 
+def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert load_config(["digits"]).source.endswith("digits.yaml")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match="photos is no recipe; did you mean --data photos"):
+        load_config(["photos"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -76,8 +76,21 @@ def test_one_word_of_advice_for_what_starves(now: list[float], caplog: pytest.Lo
                 now[0] += 10
             logged(one)
     assert [record.message for record in caplog.records] == [
-        "50% of the time goes into waiting for data: eat more batches"
+        "51% of the time goes into waiting for data: eat more batches"  # the first of 50 steps does not count
     ]
+
+
+def test_one_slow_row_is_no_reason_for_advice(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    time = clock.Clock(torch.device("cpu"))
+    one = speed(time)
+    logging.getLogger("vit_dist").propagate = True
+    with caplog.at_level(logging.INFO, logger="vit_dist"):
+        for waited in (0, 0, 0, 2, 0):
+            train(one, now, steps=10, seconds=1)
+            with time.waiting("checkpoint"):
+                now[0] += waited
+            logged(one)
+    assert not caplog.records
 
 
 def event(name: str, begin: float, end: float, tid: int = 1, cat: str = "cpu_op") -> dict[str, Any]:

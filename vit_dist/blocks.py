@@ -40,7 +40,7 @@ def choose_compilation(training: dict[str, Any], strategy: str, device: torch.de
         raise UserError(f"torch_compile_mode={mode}: there are {', '.join(modes)}")
     asked = True if backend or mode else training["torch_compile"]
     if strategy not in IN_PLACE:
-        return Compilation(False, "compiled by Accelerate" if asked else f"not compiled: {strategy} shards its blocks")
+        return Compilation(False, "compiled by Accelerate" if asked else f"not compiled, as always with {strategy}")
     if asked is False:
         return Compilation(False, "not compiled (--torch_compile false)")
     if asked is None and device.type != "cuda":

@@ -238,11 +238,11 @@ def shipped_recipes() -> dict[str, Path]:
 def _find_recipe(recipe: str) -> Path:
     if Path(recipe).is_file():
         return Path(recipe)
+    shipped = shipped_recipes()
+    if recipe in shipped:  # though there may be a folder of that name: data, or what was trained
+        return shipped[recipe]
     if Path(recipe).exists():
         raise UserError(f"{recipe} is no recipe; did you mean --data {recipe}?")
-    shipped = shipped_recipes()
-    if recipe in shipped:
-        return shipped[recipe]
     near = difflib.get_close_matches(Path(recipe).stem, shipped, n=1)
     hint = f"did you mean {near[0]}?" if near else f"recipes that come with the package: {', '.join(sorted(shipped))}"
     recipe = recipe.split("=")[0]

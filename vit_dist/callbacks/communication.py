@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,8 +32,9 @@ class Communication(Protocol):
 
 
 class RecordOfDdp:
-    """What PyTorch measures in one step of a hundred: time of the all-reduces that the backward does not cover, waiting
-    for slower ranks included (c10d/logger.hpp).
+    """What PyTorch measures in the first ten steps and then in one of a hundred: time of all-reduces that the backward
+    does not cover, waiting for slower ranks included (c10d/logger.cpp). Of those that rows have seen the median of the
+    last five counts: a single step says little, and the first ones are slow.
     """
 
     advice = (
@@ -42,13 +45,18 @@ class RecordOfDdp:
     def __init__(self, wrapped: Callable[[], Any]) -> None:
         """`wrapped` gives the model as training wraps it."""
         self.wrapped = wrapped
+        self._seen: deque[float] = deque(maxlen=5)  # seconds of a step
 
     def waited(self, seconds: float, steps: int) -> float | None:
         if not isinstance(model := self.wrapped(), DistributedDataParallel):
             return None
         found: Any = model._get_ddp_logging_data()  # what there is of it in public; tests/test_speed.py reads it
-        spent = found.get("avg_backward_comm_time", 0) - found.get("avg_backward_compute_comm_overlap_time", 0)
-        return min(seconds, max(0, spent) / 1e9 * steps)
+        if "backward_comm_time" not in found:
+            return None
+        spent = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
+        if not self._seen or self._seen[-1] != spent / 1e9:
+            self._seen.append(max(0, spent) / 1e9)
+        return min(seconds, statistics.median(self._seen) * steps)
 
 
 class Traced(TrainerCallback):

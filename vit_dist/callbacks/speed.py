@@ -42,6 +42,7 @@ class Speed(TrainerCallback):
         """`loading`: what to do if data comes too late."""
         self.clock, self.step, self.loading, self.communication = clock, step, loading, communication
         self._steps = self._since_start = 0
+        self._seconds, self._waited = 0.0, dict.fromkeys(STARVING, 0.0)  # since the start
         self._told: set[str] = set()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -66,14 +67,17 @@ class Speed(TrainerCallback):
             logs["communication_wait"] = round(sent / seconds, 4)
         logs["checkpoint_wait"] = round(waited["checkpoint"] / seconds, 4)
         self._steps = 0
+        self._seconds += seconds
+        for key in STARVING:
+            self._waited[key] += logs.get(key, 0.0) * seconds
         if self._since_start >= ENOUGH:
-            self._advise(logs)
+            self._advise()
 
-    def _advise(self, logs: dict[str, Any]) -> None:
-        for key, share in STARVING.items():
-            if logs.get(key, 0.0) > share and key not in self._told:
+    def _advise(self) -> None:
+        for key, most in STARVING.items():
+            if (share := self._waited[key] / self._seconds) > most and key not in self._told:
                 self._told.add(key)
-                logger.info(f"{logs[key]:.0%} of the time {self._advice(key)}")
+                logger.info(f"{share:.0%} of the time {self._advice(key)}")
 
     def _advice(self, key: str) -> str:
         if key == "data_wait":

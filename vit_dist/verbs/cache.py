@@ -44,8 +44,9 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--list", action="store_true", help="key, images, pixels, bytes, last use and data of each")
-    parser.add_argument("--remove", metavar="KEY", help="one that --list shows; the first characters are enough")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--list", action="store_true", help="key, images, pixels, bytes, last use and data of each")
+    one.add_argument("--remove", metavar="KEY", help="one that --list shows; the first characters are enough")
     return parser
 
 

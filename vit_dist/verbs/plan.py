@@ -143,9 +143,13 @@ def _time(
     rate, source = asked.images_per_second, "--images_per_second"
     bench, efficiency = plan["bench"], plan["strategies"][plan["strategy"]]["efficiency"]
     if rate is None and bench and efficiency:
-        # The lower bound, and no more than the batches that come.
-        one = min(efficiency["low"] * bench["step_images_per_second"], bench["train_images_per_second"])
-        rate, source = machines.processes * one, f"predicted from {bench['file']}, nothing overlapped"
+        predicted, fed = efficiency["low"] * bench["step_images_per_second"], bench["train_images_per_second"]
+        rate = machines.processes * min(predicted, fed)
+        source = (
+            f"predicted from {bench['file']}, nothing overlapped"
+            if predicted <= fed
+            else f"what one trained end to end in {bench['file']}: it waited for batches"
+        )
     earlier, record = (
         run_folder.read_json(config.output_dir / name) for name in (run_folder.RESULTS, run_folder.RECORD)
     )

@@ -22,7 +22,7 @@ from vit_dist.verbs.plan_text import percent
 AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
 REASONS = {
     "single": "one GPU: nothing to share",
-    "ddp": "the whole training state fits on each GPU, and then nothing is faster",
+    "ddp": "the whole training state fits on each GPU, and nothing sends less",
     "zero1": "sharding the optimizer state is enough; DeepSpeed waits for all that it sends",
     "zero2": "sharding optimizer state and gradients is enough; DeepSpeed waits for all that it sends",
     "hsdp": "a node's GPUs hold the state together, and only gradients cross nodes",
@@ -154,7 +154,7 @@ def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, fi
     if "single" in table and table["single"]["fits"] in (None, True):
         return "single", "one GPU: nothing to share"
     if machines.memory is None:
-        return "ddp", "nothing is faster where it fits; give --gpu or --gpu_memory to know whether it does"
+        return "ddp", "nothing sends less where it fits; give --gpu or --gpu_memory to know whether it does"
     order = [name for name in AUTO if name in table]
     if "hsdp" in table:
         order.insert(order.index("fsdp2"), "hsdp")
