@@ -53,9 +53,9 @@ class RecordOfDdp:
         found: Any = model._get_ddp_logging_data()  # what there is of it in public; tests/test_speed.py reads it
         if "backward_comm_time" not in found:
             return None
-        spent = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
-        if not self._seen or self._seen[-1] != spent / 1e9:
-            self._seen.append(max(0, spent) / 1e9)
+        spent = max(0, found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]) / 1e9
+        if not self._seen or self._seen[-1] != spent:
+            self._seen.append(spent)
         return min(seconds, statistics.median(self._seen) * steps)
 
 
