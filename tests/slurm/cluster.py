@@ -18,7 +18,7 @@ class Cluster:
         self.folder = folder
         self.env = {
             **os.environ, "SLURM_CONF": str(folder.parent / "slurm" / "etc" / "slurm.conf"), "DEBIAN_HOSTS": "n1,n2",
-            "SHARE": str(folder.parent), "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1", "WANDB_MODE": "offline",
+            "SHARE": f"{folder.parent}:{ROOT}", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1", "WANDB_MODE": "offline",
         }  # fmt: skip
 
     def control(self, verb: str, *words: object) -> str:
