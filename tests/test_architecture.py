@@ -137,7 +137,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "verbs.checks": {
         "bundle", "files", "config", "console", "distributed", "errors", "callbacks.wandb", "data.hub", "data.pipeline",
-        "data.pixels", "data.source", "data.transforms", "strategy", "run.trackers",
+        "data.resident", "data.source", "data.transforms", "strategy", "run.trackers",
     },
     "verbs.doctor": {
         "arguments", "run.attempts", "batch", "bundle", "verbs.checks", "config", "console", "distributed", "entry",

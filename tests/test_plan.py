@@ -68,7 +68,7 @@ def test_the_arithmetic_is_that_of_the_run(
 def test_auto_is_ddp_for_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "digits", "--gpus", 8, "--nodes", 2, "--gpu", "h100")
     assert (found["strategy"], found["fits"]) == ("ddp", True)
-    assert "nothing sends less" in found["why"]
+    assert "nothing has to be sharded" in found["why"]
 
 
 @pytest.mark.parametrize(

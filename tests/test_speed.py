@@ -156,9 +156,9 @@ def traced(monkeypatch: pytest.MonkeyPatch, steps: int, fails: str = "", **facts
     monkeypatch.setattr(communication, "profiler", lambda **kwargs: Trace(fails))
     one = communication.Traced(torch.device("cpu"), **facts)
     for _ in range(steps):
-        one.on_step_begin(*[SimpleNamespace()] * 3)  # type: ignore[arg-type]
+        one.on_step_begin(*[SimpleNamespace()] * 3)
         clock[0] += 1
-        one.on_step_end(*[SimpleNamespace()] * 3)  # type: ignore[arg-type]
+        one.on_step_end(*[SimpleNamespace()] * 3)
     return one
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,17 +41,17 @@ def place_images(
     No Pixels: batches have the model's input already. Raises UserError if what was asked for cannot be. All ranks take
     part. `workers` are processes that may decode; `epochs` of training are what a cache has to pay in.
     """
-    if source == "processor" or (source == "auto" and device.type != "cuda"):
-        return _with(data, _splits(data), "images made by the model's image processor"), None, "processor"
-    pixels = Pixels.of(data.processor)
+    on_gpu = device.type == "cuda"
+    pixels = pixels_of(data.processor, source, on_gpu)
     if pixels is None:
-        if source != "auto":
-            raise _refused(source, UNUSUAL)
-        return _with(data, _splits(data), f"images made by the processor on the CPU: {UNUSUAL}"), None, "processor"
+        note = "images made by the model's image processor"
+        if source == "auto" and on_gpu:
+            note = f"images made by the processor on the CPU: {UNUSUAL}"
+        return _with(data, _splits(data), note), None, "processor"
     pixels.to(device)
     against = []
     if source in ("auto", "resident"):
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
         refused = _kept(data, memory)[1]
         sets = _resident(data, device, workers) if not refused else None
         if sets is not None:
@@ -64,7 +65,7 @@ def place_images(
         kept, note = _cached(data, cache_dir, progress)
         return _with(data, kept, note), pixels, "cache"
     if source == "auto":
-        # Not chosen by itself: small crops lose detail in it, and what that does to accuracy was not measured.
+        # Not chosen by itself: its crops are others, and a recipe should not have two curves (docs/decisions.md).
         refused = on_main(lambda: _against_cache(data, cache_dir, epochs))
         against.append(f"not cached: {refused}" if refused else "--image_source cache would decode them only once")
     note = "images streamed as bytes, normalised on the device" + (f" ({'; '.join(against)})" if against else "")
@@ -72,6 +73,19 @@ def place_images(
         split: ByteDataset(dataset.table, dataset.transform, dataset.rules) for split, dataset in _splits(data).items()
     }
     return _with(data, streamed, note), pixels, "stream"
+
+
+def pixels_of(processor: Any, source: str, on_gpu: bool) -> Pixels | None:
+    """What makes the model's input of bytes with that `--image_source`; None if the processor makes it, in float32.
+
+    Raises UserError if bytes were asked for and the processor does more than can be done with them.
+    """
+    if source == "processor" or (source == "auto" and not on_gpu):
+        return None
+    pixels = Pixels.of(processor)
+    if pixels is None and source != "auto":
+        raise _refused(source, UNUSUAL)
+    return pixels
 
 
 class ResidentDataset(ImageDataset):
@@ -124,13 +138,7 @@ def resident_bytes(data: ImageData, source: str, memory: float | None) -> int:
 
     Raises UserError where `place_images` would.
     """
-    if source == "processor":
-        return 0
-    if Pixels.of(data.processor) is None:
-        if source != "auto":
-            raise _refused(source, UNUSUAL)
-        return 0
-    if source not in ("auto", "resident"):
+    if pixels_of(data.processor, source, on_gpu=True) is None or source not in ("auto", "resident"):
         return 0
     try:
         kept, reason = _kept(data, memory)

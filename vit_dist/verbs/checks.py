@@ -224,15 +224,13 @@ def check_shm(job: Job) -> Result:
 
 
 def _hands_over_bytes(job: Job) -> bool:
-    """Not float32, as `data.resident.place_images` decides it."""
-    from vit_dist.data.pixels import Pixels
+    """Not float32."""
+    from vit_dist.data.resident import pixels_of
     from vit_dist.data.transforms import load_processor
 
-    source = job.config.data.image_source
-    if source != "auto":
-        return source != "processor"
+    source, on_gpu = job.config.data.image_source, job.args.device.type == "cuda"
     try:
-        return job.args.device.type == "cuda" and Pixels.of(load_processor(job.config.model)) is not None
+        return pixels_of(load_processor(job.config.model), source, on_gpu) is not None
     except (OSError, UserError):
         return False  # the model's own check says what is wrong with it
 

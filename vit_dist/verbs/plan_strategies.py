@@ -22,11 +22,11 @@ from vit_dist.verbs.plan_text import percent
 AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
 REASONS = {
     "single": "one GPU: nothing to share",
-    "ddp": "the whole training state fits on each GPU, and nothing sends less",
+    "ddp": "the whole training state fits on each GPU: nothing has to be sharded",
     "zero1": "sharding the optimizer state is enough; DeepSpeed waits for all that it sends",
     "zero2": "sharding optimizer state and gradients is enough; DeepSpeed waits for all that it sends",
     "hsdp": "a node's GPUs hold the state together, and only gradients cross nodes",
-    "fsdp2": "weights have to be sharded too; half as much traffic again as DDP",
+    "fsdp2": "weights have to be sharded too, and gathered for each pass",
     "zero3_offload": "the optimizer has to move to the host, which makes each step wait for the CPU",
 }
 
@@ -39,7 +39,7 @@ def weigh(
     side: int,
     bench: Measured | None,
     asked: str,
-    images: int = 0,
+    images: int,
 ) -> tuple[dict[str, Any], Batch]:
     """`strategies`: bytes on a GPU, traffic and efficiency of each; `strategy`: the one asked for or recommended, and
     `why`; `fits`; `disk`. With it the batch as that strategy splits it: each finds a micro-batch of its own if it is to
@@ -154,7 +154,7 @@ def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, fi
     if "single" in table and table["single"]["fits"] in (None, True):
         return "single", "one GPU: nothing to share"
     if machines.memory is None:
-        return "ddp", "nothing sends less where it fits; give --gpu or --gpu_memory to know whether it does"
+        return "ddp", "nothing has to be sharded where it fits; give --gpu or --gpu_memory to know whether it does"
     order = [name for name in AUTO if name in table]
     if "hsdp" in table:
         order.insert(order.index("fsdp2"), "hsdp")
