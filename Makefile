@@ -1,6 +1,6 @@
 # make train   the main job on the embedded default (scikit-learn's digits)
-# make test    all tests
-# make test-faults   the fault tests in full: more kills, and half an hour of chaos (FAULT_SEED=n, CHAOS_MINUTES=n)
+# make test    the tests, in two processes side by side (ARGS="tests/test_plan.py -k bench": those; --seed=N: its draws)
+# make test-all   also what is slow or needs a real Slurm or sshd (root, and the packages that .ci/run installs)
 # make check   style and types, as CI runs them
 # On a fresh machine each of them first creates .venv from the pinned versions in constraints.txt.
 
@@ -12,10 +12,10 @@ train: $(VENV)/.installed
 	$(RUN)vit-dist train $(ARGS)
 
 test: $(VENV)/.installed
-	$(RUN)python -m pytest $(ARGS)
+	$(RUN)python tests/lanes.py $(ARGS)
 
-test-faults: $(VENV)/.installed
-	FAULTS=1 CHAOS_MINUTES=$${CHAOS_MINUTES:-30} $(RUN)python -m pytest -rP -s tests/faults $(ARGS)
+test-all: $(VENV)/.installed
+	$(RUN)python tests/lanes.py -m "not external" $(ARGS)
 
 check: $(VENV)/.installed
 	$(RUN)ruff format --check .
@@ -27,4 +27,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: train test test-faults check
+.PHONY: train test test-all check

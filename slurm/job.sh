@@ -15,8 +15,20 @@ on_warning() {  # Slurm takes the machines back soon: --signal, preemption, or s
   warned=1
   if [[ -n $step && $told != "$step" ]]; then  # once: a launcher that is told twice leaves its processes
     told=$step
-    kill -USR1 "$step" 2>/dev/null || true
+    tell "$step"
   fi
+}
+
+# tell STEP: of a warning, once the step runs its own program. Until then it is a copy of this shell, and would lose it.
+tell() {
+  local own=() its=() _
+  mapfile -d '' own <"/proc/$$/cmdline"
+  for _ in {1..100}; do
+    mapfile -d '' its 2>/dev/null <"/proc/$1/cmdline" || break
+    [[ ${its[*]} == "${own[*]}" ]] || break
+    sleep 0.05
+  done
+  kill -USR1 "$1" 2>/dev/null || true
 }
 
 in_job() {  # in_job COMMAND...: in the job's container, if it has one, on its nodes; this shell goes on

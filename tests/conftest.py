@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from filelock import FileLock
+from lab import ARGS, CONFIGS, Lab, fingerprint, fork
 from PIL import Image
+from tiers import (
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_report_header,
+    pytest_runtestloop,
+)
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_report_header", "pytest_runtestloop"]
 
 # Before anything imports the libraries that read them.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
@@ -73,9 +86,28 @@ def write_photos(root: Path, splits: dict[str, int], seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all pytest processes of this test run (see tiers.py). What `once` made there, no test may change."""
+    given: Path | None = request.config.getoption("shared")
+    return given or tmp_path_factory.mktemp("shared")
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, made by the first process that asks for it; others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    done = folder.with_name(f"{folder.name}.done")
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
+            make(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(shared: Path) -> Path:
     """37 images to train on, 13 to validate, 11 to test."""
-    return write_photos(tmp_path_factory.mktemp("data") / "photos", {"train": 37, "validation": 13, "test": 11})
+    return once(shared / "photos", lambda folder: write_photos(folder, {"train": 37, "validation": 13, "test": 11}))
 
 
 def write_checkpoint(folder: Path, dropout: float = 0.0, num_labels: int = 5) -> Path:
@@ -93,17 +125,16 @@ def write_checkpoint(folder: Path, dropout: float = 0.0, num_labels: int = 5) ->
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(shared: Path) -> Path:
     """A small ViT in a folder, loaded by the same code as one from the hub."""
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "vit")
+    return once(shared / "vit", write_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def dropout_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "vit_dropout", dropout=0.1)
+def dropout_checkpoint(shared: Path) -> Path:
+    return once(shared / "vit_dropout", lambda folder: write_checkpoint(folder, dropout=0.1))
 
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 LAUNCHERS = ("python", "torchrun", "accelerate")
 
 
@@ -183,47 +214,63 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "all_results.json").read_text())
 
 
+Reference = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def reference(shared: Path) -> Reference:
+    """The folder of a run that nothing happens to, trained once for all tests: (arguments, processes=, strategy=)."""
+
+    def reference(args: Sequence[Any], processes: int = 1, strategy: str = "ddp", **env: str) -> Path:
+        asked = json.dumps([[str(arg) for arg in args], processes, strategy, sorted(env.items())])
+        folder = shared / "references" / hashlib.sha256(asked.encode()).hexdigest()[:16]
+        lab = Lab(folder.parent, list(args))
+        return once(folder, lambda new: lab.run(new, processes=processes, strategy=strategy, **env))
+
+    return reference
+
+
 @pytest.fixture(scope="module")
 def lab(
     request: pytest.FixtureRequest, photos: Path, dropout_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
-    """A `lab.Lab` of the module's own, for runs that something happens to."""
-    from lab import ARGS, Lab
-
+) -> Lab:
+    """A `Lab` of the module's own, for runs that something happens to."""
     root = tmp_path_factory.mktemp(request.module.__name__.removeprefix("test_"))
     return Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS])
 
 
 @pytest.fixture(scope="module")
-def whole(lab: Any) -> dict[int, Any]:
+def whole(lab: Lab, reference: Reference) -> dict[int, Any]:
     """What must be equal to the bit, of a run on one process and on two that nothing happened to."""
-    from lab import undisturbed
-
-    return undisturbed(lab)
+    return {processes: fingerprint(reference(lab.args, processes)) for processes in (1, 2)}
 
 
 STEPS = 25  # of 8 images; 5 to an epoch of 37 images, the last filled up
 TOPOLOGIES = {  # launcher, processes, per-device batch, accumulation
     "one": ("python", 1, 8, 1),
-    "accumulated": ("python", 1, 4, 2),
+    "accumulated": ("fork", 1, 4, 2),
     "torchrun": ("torchrun", 2, 4, 1),
     "accelerate": ("accelerate", 2, 4, 1),
 }
 
 
 @pytest.fixture(scope="session")
-def runs(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run on each topology, launched once for all tests; random crops and flips are on (the default)."""
-    root = tmp_path_factory.mktemp("topologies")
-    for name, (launcher, processes, per_device, accumulation) in TOPOLOGIES.items():
-        done = run(
-            "--data", photos, "--model", checkpoint, "--output_dir", root / name, "--max_steps", STEPS,
-            "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_steps", 10, "--dataloader_num_workers", 1,
-            "--report_to", "wandb", "tensorboard",
-            "--per_device_train_batch_size", per_device, "--gradient_accumulation_steps", accumulation,
-            launcher=launcher, processes=processes, WANDB_MODE="offline",
-        )  # fmt: skip
-        (root / f"{name}.log").write_text(done.stdout + done.stderr)
+def runs(photos: Path, checkpoint: Path, shared: Path) -> dict[str, Path]:
+    """One run on each topology, once for all tests; random crops and flips are on (the default)."""
+
+    def train(root: Path) -> None:
+        root.mkdir()
+        for name, (launcher, processes, per_device, accumulation) in TOPOLOGIES.items():
+            start = fork if launcher == "fork" else partial(run, launcher=launcher, processes=processes)
+            done = start(
+                "--data", photos, "--model", checkpoint, "--output_dir", root / name, "--max_steps", STEPS,
+                "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_steps", 10, "--dataloader_num_workers", 1,
+                "--report_to", "wandb", "tensorboard", "--per_device_train_batch_size", per_device,
+                "--gradient_accumulation_steps", accumulation, WANDB_MODE="offline",
+            )  # fmt: skip
+            (root / f"{name}.log").write_text(done.stdout + done.stderr)
+
+    root = once(shared / "topologies", train)
     return {name: root / name for name in TOPOLOGIES}
 
 

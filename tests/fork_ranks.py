@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
+import signal
 from collections.abc import Callable
 from typing import Any
 
-import torch.multiprocessing as mp
+from lab import rank_environment, store_process
 
 
 def fork_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
@@ -15,17 +15,18 @@ def fork_ranks(function: Callable[..., None], world_size: int, *args: Any) -> No
 
     An exception on a rank fails the caller with that rank's traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_rank, (world_size, port, function, args), nprocs=world_size, start_method="fork")
+    import torch.multiprocessing as mp
+
+    launcher, port = store_process()
+    try:
+        mp.start_processes(_rank, (world_size, port, function, args), nprocs=world_size, start_method="fork")
+    finally:
+        os.kill(launcher, signal.SIGKILL)
+        os.waitpid(launcher, 0)
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
+    os.environ.update(rank_environment(rank, world_size, port))
     import torch
 
     torch.set_num_threads(1)

@@ -1,11 +1,12 @@
-"""Runs that something happens to, and the one that nothing happens to.
+"""Runs that something happens to, and verbs, without the seconds that imports take: forked from the test process.
 
-Most are forked from the test process, one process for each rank: the imports of ten seconds are paid once, and the
-processes, the kills and the files are real. Where the launcher matters, conftest.command starts the real one.
+One process for each rank: the processes, the kills and the files are real, and the imports are paid once. Where the
+launcher, a signal to it, or what a library reads when it is imported matters, conftest.run starts a real launcher.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -15,37 +16,37 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import tqdm
-from conftest import CONFIGS
-from points import install, witness
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "configs" / "accelerate"
 
-from vit_dist import distributed
-from vit_dist.callbacks.speed import KEYS
-from vit_dist.checkpoint import store
 
-# What a run imports on its way; here once for all of them.
-for name in (
-    "deepspeed", "wandb", "evaluate", "sklearn.metrics", "pyarrow.parquet", "torch.distributed.checkpoint",
-    "vit_dist.run.results", "vit_dist.strategy", "vit_dist.run.failure", "vit_dist.run.summary",
-    "vit_dist.run.trackers", "transformers.models.vit.modeling_vit",
-    "transformers.models.vit.image_processing_pil_vit",
-):  # fmt: skip
-    with contextlib.suppress(ImportError):
-        importlib.import_module(name)
+@functools.cache
+def prepare() -> None:
+    """Import what a run imports on its way, once for all of them; not when tests are collected."""
+    for name in (
+        "deepspeed", "wandb", "evaluate", "sklearn.metrics", "pyarrow.parquet", "torch.distributed.checkpoint",
+        "vit_dist.train", "vit_dist.run.results", "vit_dist.strategy", "vit_dist.run.failure", "vit_dist.run.summary",
+        "vit_dist.run.trackers", "transformers.models.vit.modeling_vit",
+        "transformers.models.vit.image_processing_pil_vit",
+    ):  # fmt: skip
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    import tqdm
 
-# tqdm's lock is a semaphore that forked processes share: one that is killed with a bar on the screen keeps it for ever,
-# and every later run would wait for it. Its monitor is a thread, which might hold the lock in a fork.
-tqdm.tqdm.monitor_interval = 0
-tqdm.tqdm.set_lock(threading.RLock())
+    # tqdm's lock is a semaphore that forked processes share: one that is killed with a bar on the screen keeps it for
+    # ever, and every later run would wait for it. Its monitor is a thread, which might hold the lock in a fork.
+    tqdm.tqdm.monitor_interval = 0
+    tqdm.tqdm.set_lock(threading.RLock())
+
 
 ARGS = [
     "--max_steps", 30, "--learning_rate", "3e-3", "--logging_steps", 3, "--save_steps", 5, "--save_total_limit", 2,
@@ -112,23 +113,25 @@ class Lab:
         strategy: str | Path = "ddp",
         fault: str = "",
         alone: Mapping[int, Sequence[Any]] | None = None,
+        patch: Callable[[], None] | None = None,
         **env: str,
     ) -> Job:
-        """`strategy`: of configs/accelerate, or a file like those. `alone`: further arguments of one rank, by rank."""
+        """`strategy`: of configs/accelerate, or a file like those. `alone`: further arguments of one rank, by rank.
+        `patch`: called on each rank before the run.
+        """
         log = folder.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         argv = list(map(str, [*self.args, "--output_dir", folder, *args]))
         if "--per_device_train_batch_size" not in argv:
             argv += ["--per_device_train_batch_size", str(8 // processes)]
-        launcher, port = _launcher() if processes > 1 else (None, 0)
+        launcher, port = store_process() if processes > 1 else (None, 0)
         env = {**launch_environment(strategy), **env}
         argvs = [[*argv, *map(str, (alone or {}).get(rank, ()))] for rank in range(processes)]
         pids = []
         for rank in range(processes):
-            pid = os.fork()
-            if pid == 0:  # nothing may fail before `_child`: the fork would go on as a test run of its own
-                _child(rank, processes, port, argvs[rank], log, fault, env)
-            pids.append(pid)
+            body = functools.partial(_train, rank, argvs[rank], fault, patch)
+            own = rank_environment(rank, processes, port) if launcher else {}
+            pids.append(_fork(body, (log, log), {**own, **env}))
         return Job(pids, log, {}, launcher)
 
     def run(self, folder: Path, *args: Any, expect: int | None = 0, **options: Any) -> Job:
@@ -155,7 +158,7 @@ def launch_environment(strategy: str | Path) -> dict[str, str]:
     return {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def _launcher() -> tuple[int, int]:
+def store_process() -> tuple[int, int]:
     """As torchrun does it, the key-value store is the launcher's and outlives every rank: (process, port).
 
     Not in the test process: its thread would be missing in everything that is forked from there.
@@ -163,7 +166,9 @@ def _launcher() -> tuple[int, int]:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(write, str(store.port).encode())
         time.sleep(3600)
         os._exit(0)
@@ -173,36 +178,121 @@ def _launcher() -> tuple[int, int]:
     return pid, port
 
 
-def _child(rank: int, world: int, port: int, argv: list[str], log: Path, fault: str, env: dict[str, str]) -> None:
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+
+
+def _train(rank: int, argv: list[str], fault: str, patch: Callable[[], None] | None) -> int:
+    from points import install, witness
+
+    if patch is not None:
+        patch()
+    install(rank, fault)
+    witness(rank)
+    from vit_dist import train
+
+    return train.main(argv)
+
+
+def _fork(body: Callable[[], int | None], streams: tuple[Path, Path], env: Mapping[str, str]) -> int:
+    """The process that ends with what `body` returns, and prints to these files."""
+    prepare()
+    pid = os.fork()
+    if pid:
+        return pid
     code = 70
-    try:
+    try:  # an exception that left this function would go on as a test run of its own
         os.setpgid(0, 0)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        for number, path in enumerate(streams, start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         os.environ.update(env)
-        if world > 1:
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-                TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
-            )  # fmt: skip
-        distributed.first_to_fail.cache_clear()  # what the test process has asked
-        install(rank, fault)
-        witness(rank)
-        from vit_dist import train
+        from vit_dist import distributed
 
-        code = train.main(argv)
+        distributed.first_to_fail.cache_clear()  # what the test process has asked
+        code = body() or 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
+def fork(
+    *args: Any,
+    module: str = "vit_dist.train",
+    processes: int = 1,
+    expect: int | None = 0,
+    patch: Callable[[], None] | None = None,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """conftest.run without the launcher: `module`'s `main`, on each rank after `patch`; fails unless it exits with
+    `expect` (None: with anything). If one rank fails, the others may have heard of its end before they come to their
+    own, as under a launcher.
+    """
+
+    def body() -> int:
+        atexit._clear()  # what the test process has left for its own exit
+        if patch is not None:
+            patch()
+        code = importlib.import_module(module).main(list(map(str, args)))
+        atexit._run_exitfuncs()
+        return int(code)
+
+    with tempfile.TemporaryDirectory(prefix="vit_dist-fork-") as folder:
+        streams = Path(folder, "stdout"), Path(folder, "stderr")
+        launcher, port = store_process() if processes > 1 else (None, 0)
+        told = [rank_environment(rank, processes, port) if launcher else {} for rank in range(processes)]
+        pids = [_fork(body, streams, {**own, **env}) for own in told]
+        codes = Job(pids, streams[0], {}, launcher).wait(300)
+        printed = [stream.read_text() if stream.exists() else "" for stream in streams]
+    as_expected = expect in codes and (0 not in codes if expect else not any(codes))
+    assert expect is None or as_expected, f"{codes}\n{printed[0]}\n{printed[1]}"
+    return subprocess.CompletedProcess(list(args), max(codes, key=abs), *printed)
+
+
+class ForkServer:
+    """Forks from a process of its own, for what libraries read from the environment when they are imported."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import lab; lab.serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
+        )  # fmt: skip
+
+    def fork(self, *args: Any, expect: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([list(map(str, args)), options]) + "\n")
+        self.process.stdin.flush()
+        code, *printed = json.loads(self.process.stdout.readline())
+        assert expect is None or code == expect, f"exit {code}\n{printed[0]}\n{printed[1]}"
+        return subprocess.CompletedProcess(list(args), code, *printed)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def serve() -> None:
+    """The other side of a ForkServer."""
+    for line in sys.stdin:
+        args, options = json.loads(line)
+        done = fork(*args, expect=None, **options)
+        sys.stdout.write(json.dumps([done.returncode, done.stdout, done.stderr]) + "\n")
+        sys.stdout.flush()
+
+
 def fingerprint(folder: Path) -> dict[str, Any]:
     """What must be equal to the bit: weights, optimizer, learning rate, and every row that was logged."""
+    from vit_dist.callbacks.speed import KEYS
+    from vit_dist.checkpoint import store
+
     last = next(store.checkpoints(folder))
     timing = ("runtime", "per_second", *KEYS)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -224,15 +314,10 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 
 def committed(folder: Path) -> list[int]:
     """Steps of the checkpoints that are as they were committed, oldest first."""
+    from vit_dist.checkpoint import store
+
     return sorted(store.step_of(path) for path in store.checkpoints(folder) if store.damage(path) is None)
 
 
 def status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "status.json").read_text())
-
-
-def undisturbed(lab: Lab) -> dict[int, dict[str, Any]]:
-    """What a run ends with that nothing happens to, by number of processes."""
-    for processes in (1, 2):
-        lab.run(lab.root / f"whole{processes}", processes=processes)
-    return {processes: fingerprint(lab.root / f"whole{processes}") for processes in (1, 2)}

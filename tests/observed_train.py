@@ -1,7 +1,4 @@
-"""`vit_dist.train` with a witness: the bytes that each rank holds, in a file for each rank in the folder OBSERVED.
-
-Started by the real launchers in the place of `vit_dist.train`.
-"""
+"""`vit_dist.train` with a witness: the bytes that each rank holds, in a file for each rank (in the folder OBSERVED)."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from vit_dist import train, trainer
+from vit_dist import build, train
 
 
 def size(tensor: Any) -> int:
@@ -51,7 +48,8 @@ def deepspeed_gradients(optimizer: Any) -> int:
 
 
 class Witness(TrainerCallback):
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.seen: dict[str, Any] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -78,18 +76,21 @@ class Witness(TrainerCallback):
             self.seen |= {"parameters": parameter_bytes(model), "optimizer": optimizer_bytes(optimizer)}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        Path(os.environ["OBSERVED"], f"{args.process_index}.json").write_text(json.dumps(self.seen))
+        Path(self.folder, f"{args.process_index}.json").write_text(json.dumps(self.seen))
 
 
-build = trainer.build_trainer
+def observe(folder: Path) -> None:
+    """Let the runs of this process write what they hold to files in `folder`."""
+    make = build.build_trainer
+
+    def build_observed(*args: Any, **kwargs: Any) -> Any:
+        built = make(*args, **kwargs)
+        built.add_callback(Witness(folder))
+        return built
+
+    build.build_trainer = build_observed
 
 
-def build_observed(*args: Any, **kwargs: Any) -> Any:
-    built = build(*args, **kwargs)
-    built.add_callback(Witness())
-    return built
-
-
-if __name__ == "__main__":
-    trainer.build_trainer = build_observed
+if __name__ == "__main__":  # by the real launchers
+    observe(Path(os.environ["OBSERVED"]))
     sys.exit(train.main())

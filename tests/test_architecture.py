@@ -191,7 +191,7 @@ def test_imports_go_one_way(module: str) -> None:
     assert imports(MODULES[module]) <= ALLOWED[module]
 
 
-def test_the_table_has_no_cycle_and_nothing_stale() -> None:
+def test_import_table_has_no_cycle_and_no_stale_entry() -> None:
     assert set(ALLOWED) == set(MODULES)
     left = dict(ALLOWED)
     while left:
@@ -210,13 +210,13 @@ def test_lower_layers_do_not_name_higher_ones() -> None:
         assert not re.search(r"SLURM_|sbatch|srun", path.read_text()), path
 
 
-def test_nothing_that_trains_imports_what_submits() -> None:
+def test_training_imports_nothing_that_submits_jobs() -> None:
     assert not [module for module, path in MODULES.items() if "verbs.slurm" in imports(path)]
     submits = (PACKAGE / "verbs" / "slurm.py").read_text()
     assert not re.search(r"SLURM_[A-Z]", submits), "a job's variables are for its scripts"
 
 
-def test_the_readme_shows_the_tree_as_it_is() -> None:
+def test_readme_shows_the_file_tree() -> None:
     tree = re.search(r"```\n(vit_dist/.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert tree, "the README's file tree begins with vit_dist/"
     shown = set(re.findall(r"^\s*([\w./]+)", tree.group(1), re.M))
@@ -225,5 +225,5 @@ def test_the_readme_shows_the_tree_as_it_is() -> None:
     assert all(any(ROOT.glob(f"**/{name.rstrip('/')}")) for name in shown), "the tree names what is not there"
 
 
-def test_the_readme_is_short() -> None:
+def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

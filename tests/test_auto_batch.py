@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import losses, run
-from lab import ARGS, Lab, fingerprint
+from conftest import losses
+from lab import ARGS, Lab, fingerprint, fork
 from test_plan import big_checkpoint, planned
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import ViTConfig, ViTForImageClassification
@@ -64,7 +64,7 @@ MEMORY: dict[str, Callable[[int], float]] = {
 
 @pytest.mark.parametrize("kind", MEMORY)
 @pytest.mark.parametrize("share", [1, 3, 64, 97, 360, 4096])
-def test_the_largest_divisor_that_fits_is_found_in_a_handful_of_steps(kind: str, share: int) -> None:
+def test_auto_batch_finds_the_largest_divisor_in_few_steps(kind: str, share: int) -> None:
     sizes = Batch(1, 2, share).sizes
     for room in (6 * GB, 20 * GB, 73 * GB):
         device = Device(room, 5 * GB, MEMORY[kind])
@@ -75,7 +75,7 @@ def test_the_largest_divisor_that_fits_is_found_in_a_handful_of_steps(kind: str,
         assert ("whole share" in found.reason) == (found.size == share)
 
 
-def test_the_reason_says_what_the_next_size_would_take() -> None:
+def test_auto_batch_prints_the_memory_of_the_next_size() -> None:
     device = Device(73 * GB, 5 * GB, lambda n: 0.7 * GB * n)
     assert search(Batch(1, 1, 256).sizes, device.peak, device.room) == Found(64, "128 would need 94.6 GB of 73")
     device = Device(6 * GB, 5 * GB, lambda n: 0.7 * GB * n)
@@ -105,7 +105,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return found
 
 
-def test_the_smallest_of_what_all_ranks_found_is_taken(gpus: Callable[..., Any]) -> None:
+def test_auto_batch_takes_the_smallest_of_all_ranks(gpus: Callable[..., Any]) -> None:
     large, small = (Device(room * GB, 5 * GB, lambda n: GB * n) for room in (73, 20))
     for mine, other in ((large, small), (small, large)):
         found = gpus(mine, other, Batch(32, 2, 4), "ddp", None)
@@ -114,7 +114,7 @@ def test_the_smallest_of_what_all_ranks_found_is_taken(gpus: Callable[..., Any])
 
 
 @pytest.mark.parametrize(("strategy", "cure"), [("ddp", "shard the model"), ("zero2", "give a number of images")])
-def test_where_nothing_fits_every_rank_says_what_to_do(
+def test_auto_batch_where_nothing_fits_is_refused_on_every_rank(
     gpus: Callable[..., Any], small_model: Any, strategy: str, cure: str
 ) -> None:
     full, free = Device(4 * GB, 5 * GB, lambda n: GB * n), Device(73 * GB, 5 * GB, lambda n: GB * n)
@@ -156,7 +156,7 @@ def small_model() -> ViTForImageClassification:
     "flags", [[], ["--bf16", "--bf16_residual"], ["--gradient_checkpointing", "--optim", "sgd"]], 
     ids=["plain", "bf16", "light"],
 )  # fmt: skip
-def test_a_step_is_tried_out_and_leaves_nothing_behind(
+def test_auto_batch_trial_leaves_model_and_optimizer_unchanged(
     small_model: ViTForImageClassification, flags: list[str], tmp_path: Path
 ) -> None:
     settings = config(*AUTO, 8, "--output_dir", tmp_path / "run", *flags)
@@ -199,7 +199,7 @@ def test_running_out_of_memory_is_an_answer(small_model: ViTForImageClassificati
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_on_cpus_a_bound_is_taken() -> None:
+def test_auto_batch_on_cpus_takes_the_bound() -> None:
     settings = config(*AUTO, 256)
     assert [split_batch(settings, n).per_device for n in (1, 2, 16)] == [32, 32, 16]
     assert str(split_batch(settings, 2)) == (
@@ -213,7 +213,7 @@ def test_on_cpus_a_bound_is_taken() -> None:
         split_batch(config(*AUTO, 64, "--gradient_accumulation_steps", 2), 1)
 
 
-def test_it_is_a_flag_and_a_key_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_batch_is_read_from_flag_and_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("per_device_train_batch_size: auto\nglobal_batch_size: 64\n")
     settings = load_config([str(recipe)])
@@ -232,7 +232,7 @@ def test_it_is_a_flag_and_a_key_of_a_recipe(tmp_path: Path, capsys: pytest.Captu
     assert "as many as fit, tried out before training" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_plan_computes_it_for_a_known_memory(
+def test_plan_with_gpu_memory_computes_the_auto_batch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path
 ) -> None:
     flags = ["--data", photos, "--model", big_checkpoint(tmp_path / "big"), *AUTO, 2048, "--gpus", 8]
@@ -253,21 +253,23 @@ def test_the_plan_computes_it_for_a_known_memory(
     assert "give --gpu or --gpu_memory, or a number" in capsys.readouterr().err
 
 
-def test_two_processes_train_to_the_curve_of_a_given_split(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_auto_batch_on_two_processes_has_the_curve_of_a_given_split(
+    photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("per_device_train_batch_size: auto\nglobal_batch_size: 8\n")
     args = ["--data", photos, "--model", checkpoint, "--max_steps", 8, "--learning_rate", "3e-3", "--logging_steps", 1,
             "--report_to", "none", "--dataloader_num_workers", 0]  # fmt: skip
-    done = run(recipe, *args, "--output_dir", tmp_path / "auto", launcher="torchrun", processes=2)
+    done = fork(recipe, *args, "--output_dir", tmp_path / "auto", processes=2)
     assert "8 = 4 per device x 2 devices x 1 accumulation (auto: at most 32 at once on CPUs)" in done.stdout
-    run(*args, "--per_device_train_batch_size", 1, "--global_batch_size", 8, "--output_dir", tmp_path / "given",
-        launcher="torchrun", processes=2)  # fmt: skip
+    fork(*args, "--per_device_train_batch_size", 1, "--global_batch_size", 8, "--output_dir", tmp_path / "given",
+         processes=2)  # fmt: skip
     found, given = losses(tmp_path / "auto"), losses(tmp_path / "given")
     assert list(found) == list(range(1, 9)) and found == pytest.approx(given, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
-def test_sharded_strategies_are_told_the_split(
+def test_auto_batch_with_sharded_strategies_equals_the_given_split(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     monkeypatch.setattr(build, "find_batch", lambda config, args, batch, *rest: batch.split_into(2, "auto: a test"))
@@ -279,7 +281,7 @@ def test_sharded_strategies_are_told_the_split(
     assert losses(tmp_path / "auto") == losses(tmp_path / "given")
 
 
-def test_a_resumed_run_keeps_its_split_to_the_bit(
+def test_auto_batch_resumed_keeps_its_split_and_bits(
     photos: Path, dropout_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = Lab(

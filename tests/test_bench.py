@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
+from lab import fork
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
 
 from vit_dist.cost.flops import count_flops
@@ -21,7 +21,7 @@ RATES = ("decode", "input", "step", "train", "evaluation")
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[dict[str, Any], str, Path]:
     folder = tmp_path_factory.mktemp("bench")
-    done = run(
+    done = fork(
         "bench", "digits", "--model", checkpoint, "--steps", 4, "--image_source", "resident", "--max_train_samples", 70,
         "--json", folder / "bench.json", "--chart", folder / "bench.svg", "--output_dir", folder / "never",
         "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, module="vit_dist.cli",
@@ -29,7 +29,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tupl
     return json.loads((folder / "bench.json").read_text()), done.stdout, folder
 
 
-def test_every_part_is_measured_and_said(measured: tuple[dict[str, Any], str, Path]) -> None:
+def test_bench_measures_and_prints_every_part(measured: tuple[dict[str, Any], str, Path]) -> None:
     found, said, folder = measured
     for name in RATES:
         rate = found[f"{name}_images_per_second"]
@@ -43,7 +43,7 @@ def test_every_part_is_measured_and_said(measured: tuple[dict[str, Any], str, Pa
     assert not (folder / "never").exists(), "nothing is kept of what it trains"
 
 
-def test_the_chart_is_a_drawing_of_the_rates(measured: tuple[dict[str, Any], str, Path]) -> None:
+def test_bench_chart_shows_the_rates(measured: tuple[dict[str, Any], str, Path]) -> None:
     found, _, folder = measured
     drawing = ElementTree.parse(folder / "bench.svg").getroot()
     texts = {element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")}
@@ -59,23 +59,23 @@ def test_the_chart_is_a_drawing_of_the_rates(measured: tuple[dict[str, Any], str
         (100, 1000, 70, "training reaches 70% of the step's pace"),
     ],
 )
-def test_what_holds_training_up(step: float, given: float, got: float, said: str) -> None:
+def test_bench_advice_names_the_bottleneck(step: float, given: float, got: float, said: str) -> None:
     rates = {"step_images_per_second": step, "input_images_per_second": given, "train_images_per_second": got}
     assert advice(rates).startswith(said)
 
 
-def test_what_cannot_be_measured_is_told(tmp_path: Path) -> None:
+def test_bench_with_impossible_flags_is_refused_in_one_line(tmp_path: Path) -> None:
     for flags, said in (
         (["--json", tmp_path / "no" / "bench.json"], f"error: --json {tmp_path}/no/bench.json: there is no folder"),
         (["--steps", 0], "error: --steps 0: give at least 1"),
         (["--steps", "x"], "see vit-dist bench --help"),
     ):
-        assert said in run(*flags, module="vit_dist.verbs.bench", expect=2).stderr
-    failed = run(module="vit_dist.verbs.bench", expect=2, WORLD_SIZE="2", RANK="0")
+        assert said in fork(*flags, module="vit_dist.verbs.bench", expect=2).stderr
+    failed = fork(module="vit_dist.verbs.bench", expect=2, WORLD_SIZE="2", RANK="0")
     assert "error: bench measures one process" in failed.stderr
 
 
-def test_operations_are_those_of_the_formula() -> None:
+def test_counted_flops_equal_the_formula() -> None:
     """Multiply-adds of the patches, the projections, the attention and the head; two passes more for the gradients,
     but none for those of the images."""
     with torch.device("meta"):

@@ -50,7 +50,7 @@ def test_without_the_variable_nothing_happens(monkeypatch: pytest.MonkeyPatch) -
     bundle.check(load_config(ARGS))
 
 
-def test_a_sealed_process_reads_from_the_bundle_and_writes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sealed_process_reads_the_bundle_and_writes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     environ = {bundle.VARIABLE: "tmp/b", "HF_HOME": "/hf", "HF_HUB_CACHE": "/other", "HF_HUB_OFFLINE": "0"}
     bundle.seal(environ)
@@ -73,7 +73,7 @@ def test_wandb_is_offline_unless_it_is_off(mode: str, becomes: str) -> None:
     assert environ["WANDB_MODE"] == becomes
 
 
-def test_the_seal_is_there_before_any_library_reads_it(tmp_path: Path) -> None:
+def test_seal_is_set_before_libraries_are_imported(tmp_path: Path) -> None:
     code = """
 import sys, vit_dist
 assert not {"huggingface_hub", "datasets", "evaluate", "transformers", "torch", "wandb"} & set(sys.modules)
@@ -116,14 +116,14 @@ def test_needs_are_what_is_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monkey
         ["--data", "lab/photos", "--data_config", "two words", "--model", "tiny"],
     ],
 )
-def test_the_command_that_is_named_fetches_the_same(args: list[str], folder: str) -> None:
+def test_command_in_the_refusal_fetches_the_bundle(args: list[str], folder: str) -> None:
     wanted = bundle.needs(load_config(args))
     program, verb, *rest = shlex.split(bundle.fetch_command(wanted, Path(folder)))
     assert (program, verb, rest[-2:]) == ("vit-dist", "fetch", ["--bundle", folder])
     assert bundle.needs(load_config(rest[:-2])) == wanted
 
 
-def test_a_bundle_for_this_run_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_for_this_run_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(bundle.VARIABLE, str(made(tmp_path / "b", *ARGS)))
     bundle.check(load_config(ARGS))
     bundle.check(load_config([*ARGS, "--from_scratch", "--data_revision", COMMIT["data"]]))
@@ -142,7 +142,7 @@ def test_a_bundle_for_this_run_is_accepted(tmp_path: Path, monkeypatch: pytest.M
         (["--data", "lab/birds", "--model", "lab/swin"], "data set lab/birds, no model lab/swin"),
     ],
 )
-def test_a_bundle_for_another_run_is_refused(
+def test_bundle_for_another_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], missing: str
 ) -> None:
     folder = made(tmp_path / "b", *ARGS)
@@ -188,20 +188,21 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_bundle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_bundle_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     folder = made(tmp_path / "b", *ARGS)
     damage(folder, kind)
     line = refusal(monkeypatch, folder, *ARGS)
     assert DAMAGES[kind] in line and line.endswith(f"--metrics matthews --bundle {folder}")
 
 
-def test_a_cache_dir_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_with_a_cache_dir_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path / "b", *ARGS)
     assert "leave cache_dir out" in refusal(monkeypatch, folder, *ARGS, "--cache_dir", "/scratch")
 
 
+@pytest.mark.launch  # the package looks for the bundle when it is imported
 @pytest.mark.parametrize("module", ["vit_dist.train", "vit_dist.verbs.doctor", "vit_dist.verbs.plan"])
-def test_every_start_is_refused_in_one_line_and_leaves_nothing(tmp_path: Path, module: str) -> None:
+def test_missing_bundle_refuses_every_verb_in_one_line_and_leaves_nothing(tmp_path: Path, module: str) -> None:
     env: dict[str, Any] = {bundle.VARIABLE: str(tmp_path / "b"), "HF_HUB_OFFLINE": "0"}
     failed = run(*ARGS, "--output_dir", tmp_path / "run", module=module, expect=2, **env)
     (line,) = failed.stderr.splitlines()

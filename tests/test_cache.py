@@ -91,7 +91,7 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_what_is_kept_is_shrunk_and_never_enlarged(camera: Path, tmp_path: Path) -> None:
+def test_cached_images_are_shrunk_and_never_enlarged(camera: Path, tmp_path: Path) -> None:
     data = data_of(camera, tmp_path)
     kept = placed(data, tmp_path).train
     assert isinstance(kept, CachedDataset) and kept.ids == data.train.ids
@@ -106,7 +106,7 @@ def test_what_is_kept_is_shrunk_and_never_enlarged(camera: Path, tmp_path: Path)
     assert found.bytes == (kept.folder / "pixels").stat().st_size
 
 
-def test_the_same_pixels_with_and_without_workers_and_when_it_is_opened_again(camera: Path, tmp_path: Path) -> None:
+def test_cache_gives_the_same_pixels_with_workers_and_reopened(camera: Path, tmp_path: Path) -> None:
     kept = placed(data_of(camera, tmp_path), tmp_path).train
     keys = [3 * 61 + index for index in range(61)]
     expected = kept.__getitems__(keys)
@@ -120,7 +120,7 @@ def test_the_same_pixels_with_and_without_workers_and_when_it_is_opened_again(ca
     assert len(pickle.dumps(kept)) < 2 * len(pickle.dumps(kept.table)) + 10_000, "a worker opens the file itself"
 
 
-def test_what_is_seen_is_close_to_what_is_streamed(camera: Path, tmp_path: Path) -> None:
+def test_cached_images_are_close_to_streamed_ones(camera: Path, tmp_path: Path) -> None:
     """Without crops, which of a shrunk image have other sizes in pixels."""
     data = data_of(camera, tmp_path)
     kept = placed(data, tmp_path).validation.__getitems__(list(range(12)))
@@ -129,7 +129,7 @@ def test_what_is_seen_is_close_to_what_is_streamed(camera: Path, tmp_path: Path)
     assert (kept["pixel_values"].float() - expected["pixel_values"].float()).abs().mean() < 5
 
 
-def test_two_processes_build_it_once(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_built_once_by_two_processes(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, built = image_cache._build, tmp_path / "built"
 
     def noted(*args: Any) -> None:
@@ -146,7 +146,7 @@ def test_two_processes_build_it_once(camera: Path, tmp_path: Path, monkeypatch: 
     assert len(names) == len(set(names)) == 3, "each split once"
 
 
-def test_a_kill_while_it_is_built_leaves_nothing_and_the_next_start_builds_it(
+def test_cache_killed_while_built_is_built_by_the_next_start(
     camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL, with some images on the disk and before the names are in their places."""
@@ -199,7 +199,7 @@ def test_another_file_rule_or_input_is_another_cache(camera: Path, tmp_path: Pat
     assert len(others) == 4 and first not in others
 
 
-def test_a_damaged_cache_is_built_anew(camera: Path, tmp_path: Path) -> None:
+def test_cache_damaged_is_built_anew(camera: Path, tmp_path: Path) -> None:
     data = data_of(camera, tmp_path)
     folder, before = placed(data, tmp_path).train.folder, contents(tmp_path)
     os.truncate(folder / "pixels", 1000)
@@ -208,7 +208,7 @@ def test_a_damaged_cache_is_built_anew(camera: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_a_full_disk_is_one_clear_line(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_on_a_full_disk_is_one_line(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(camera, tmp_path)
     said = f"the image cache of 61 images in {tmp_path / 'vit_dist'} takes about "
     with monkeypatch.context() as patch:
@@ -227,7 +227,7 @@ def test_a_full_disk_is_one_clear_line(camera: Path, tmp_path: Path, monkeypatch
     assert str(caught.value).startswith(said) and not contents(tmp_path)
 
 
-def test_a_bad_image_ends_the_building(camera: Path, tmp_path: Path) -> None:
+def test_cache_with_a_bad_image_is_not_built(camera: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(camera, tmp_path / "copy")
     path = copy / "train" / "a" / "2.jpg"
     path.write_bytes(path.read_bytes()[:300])
@@ -268,20 +268,22 @@ def test_list_and_remove(camera: Path, tmp_path: Path, capfd: pytest.CaptureFixt
         (50.0, 2, 199, 100, "a cache takes 100.0 GB, 199.0 are free, twice as many are wanted"),
     ],
 )
-def test_when_a_cache_pays(pixels: float, epochs: float, free: int, missing: int, said: str) -> None:
+def test_cache_proposal_follows_from_pixels_epochs_and_disk(
+    pixels: float, epochs: float, free: int, missing: int, said: str
+) -> None:
     train, small = Estimate(pixels * 1000, 1000, 10), Estimate(5, 5, 10)
     assert reason_against([train, small], epochs, free * 10**9, missing * 10**9) == said
     assert train.bytes == 30_000
 
 
-def test_a_sample_tells_what_would_be_kept(camera: Path, tmp_path: Path) -> None:
+def test_cache_size_is_estimated_from_a_sample(camera: Path, tmp_path: Path) -> None:
     data = data_of(camera, tmp_path)
     guess, kept = image_cache.estimate(data.train), about(placed(data, tmp_path).train.folder)
     assert kept is not None and guess.bytes == pytest.approx(kept.bytes, rel=0.02)
     assert guess.pixels == pytest.approx(300 * 416, rel=0.05)
 
 
-def test_on_gpus_it_is_proposed_where_it_pays(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_on_gpus_is_proposed_where_it_pays(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is moved to the device before training; that there is one is made up."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**35))
     monkeypatch.setattr(Pixels, "to", lambda self, device: self)
@@ -311,7 +313,7 @@ def test_training_from_it_is_the_same_after_a_stop_and_with_workers(lab: Lab) ->
     assert json.loads((lab.root / "whole" / "run.json").read_text())["image_source"] == "cache"
 
 
-def test_two_ranks_that_find_no_cache_train_as_one(lab: Lab) -> None:
+def test_cache_absent_on_two_ranks_trains_as_one_process(lab: Lab) -> None:
     job = lab.run(lab.root / "two", "--image_source", "cache", "--cache_dir", lab.root / "other", processes=2)
     assert job.output.count(f"images decoded and shrunk to {SHORTEST} pixels once") == 1
     assert contents(lab.root / "other") == contents(lab.root / "cache")

@@ -31,7 +31,7 @@ def test_replayed_rows_are_not_written_again_and_a_torn_line_is(tmp_path: Path) 
     ]  # fmt: skip
 
 
-def test_every_line_is_json_that_every_reader_takes(tmp_path: Path) -> None:
+def test_metrics_lines_are_strict_json(tmp_path: Path) -> None:
     rows = MetricsFile(tmp_path / "metrics.jsonl")
     rows.append(1, {"loss": float("nan"), "grad_norm": float("inf")})
     line = (tmp_path / "metrics.jsonl").read_text()

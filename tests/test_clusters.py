@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def node_command(replica: str) -> list[str]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_containers_of_a_pytorchjob_start_one_job(rank: int, tmp_path: Path) -> None:
+def test_containers_of_a_pytorchjob_start_one_job(rank: int, tmp_path: Path) -> None:
     replica = "Master" if rank == 0 else "Worker"
     env = operator(rank, sum(spec["replicas"] for spec in REPLICAS.values()))
     gpus = container(replica)["resources"]["limits"]["nvidia.com/gpu"]
@@ -98,7 +97,7 @@ def test_processes_per_node_of_a_pytorchjob_and_what_it_cannot_be(tmp_path: Path
     assert outside.returncode == 2 and outside.stderr.startswith("error: PET_NNODES is not set on ")
 
 
-def test_nothing_of_the_operators_is_left_to_torchrun(tmp_path: Path) -> None:
+def test_variables_of_the_operator_are_not_passed_to_torchrun(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nif [ "$1" = - ]; then exec {sys.executable} "$@"; fi\nenv | grep ^PET_\n')
     python.chmod(0o755)
@@ -110,8 +109,8 @@ def test_nothing_of_the_operators_is_left_to_torchrun(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="a pid namespace of one's own needs root")
-def test_a_container_that_is_asked_to_end_saves_the_run(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.cluster  # a pid namespace of its own needs root
+def test_container_asked_to_end_saves_the_run(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The script is process 1, as in a container, where a signal without a handler does nothing."""
     folder = tmp_path / "run"
     words = [
@@ -157,7 +156,7 @@ def test_a_container_that_is_asked_to_end_saves_the_run(photos: Path, checkpoint
     assert (folder / f"checkpoint-{status['step']}").is_dir()
 
 
-def test_a_pytorchjob_can_commit_and_goes_on() -> None:
+def test_pytorchjob_has_time_to_save_and_restarts() -> None:
     assert (PYTORCHJOB["apiVersion"], PYTORCHJOB["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert PYTORCHJOB["spec"]["runPolicy"]["backoffLimit"] > 0, "or a run that always fails is started for ever"
     for name, spec in REPLICAS.items():
@@ -176,7 +175,7 @@ def test_a_pytorchjob_can_commit_and_goes_on() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_nodes_of_skypilot_start_one_job(rank: int, tmp_path: Path) -> None:
+def test_nodes_of_skypilot_start_one_job(rank: int, tmp_path: Path) -> None:
     gpus = SKYPILOT["resources"]["accelerators"].split(":")[1]
     env = {
         "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.2",
@@ -192,7 +191,7 @@ def test_the_nodes_of_skypilot_start_one_job(rank: int, tmp_path: Path) -> None:
     assert (ROOT / recipe).is_file()
 
 
-def test_a_skypilot_job_keeps_its_run_in_the_bucket() -> None:
+def test_skypilot_job_keeps_its_run_in_the_bucket() -> None:
     ((folder, bucket),) = SKYPILOT["file_mounts"].items()
     assert bucket["mode"] == "MOUNT_CACHED" and f"--output_dir {folder}/" in SKYPILOT["run"]
     assert SKYPILOT["num_nodes"] == 1, "a bucket is no file system that several nodes can share"
@@ -200,19 +199,19 @@ def test_a_skypilot_job_keeps_its_run_in_the_bucket() -> None:
     assert "constraints.txt" in SKYPILOT["setup"] and (ROOT / "constraints.txt").is_file()
 
 
+@pytest.mark.external  # pip install skypilot
 def test_skypilot_accepts_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    sky = pytest.importorskip("sky", reason="SkyPilot is not installed (pip install skypilot)")
+    import sky
+
     monkeypatch.chdir(ROOT)
     task = sky.Task.from_yaml("launch/skypilot.yaml")
     assert task.num_nodes == 1 and "launch/accelerate.sh" in task.run
 
 
-@pytest.mark.skipif(
-    "PYTORCHJOB_CRD" not in os.environ, reason="PYTORCHJOB_CRD is not set to the operator's schema file"
-)
-def test_the_operators_schema_accepts_the_pytorchjob() -> None:
+@pytest.mark.external  # PYTORCHJOB_CRD: the path of the operator's schema file; pip install jsonschema
+def test_schema_of_the_operator_accepts_the_pytorchjob() -> None:
     """With kubeflow.org_pytorchjobs.yaml of the operator's manifests/base/crds."""
-    jsonschema = pytest.importorskip("jsonschema")
+    import jsonschema
 
     def closed(schema: Any) -> Any:
         """A misspelt field is an error, not something to be pruned."""

@@ -24,7 +24,7 @@ def recipe(tmp_path: Path):
     return write
 
 
-def test_nothing_given_is_the_embedded_default() -> None:
+def test_config_without_arguments_is_the_embedded_default() -> None:
     config = load_config([])
     assert (config.data.data, config.model.model) == ("digits", "tiny")
     assert str(config.output_dir) == "runs/digits"
@@ -76,14 +76,14 @@ def test_values_in_a_recipe_are_checked_as_flags_are(recipe) -> None:
         ("seed: {a: 1}", r":1: seed"),
     ],
 )  # fmt: skip
-def test_a_bad_recipe_is_one_line_with_file_and_line(recipe, text: str, message: str) -> None:
+def test_bad_recipe_is_one_line_with_file_and_line(recipe, text: str, message: str) -> None:
     path = recipe(text + "\n")
     with pytest.raises(UserError, match=message) as caught:
         load_config([path])
     assert path in str(caught.value) and "\n" not in str(caught.value) and "hf_secret" not in str(caught.value)
 
 
-def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_the_name_of_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
     assert load_config(["digits"]).source.endswith("digits.yaml")
@@ -113,14 +113,14 @@ def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path: Path, monkeypat
         (["--crop_min_scale", "0"], "crop_min_scale=0"),
     ],
 )
-def test_a_bad_command_line_is_one_line(argv: list[str], message: str) -> None:
+def test_bad_command_line_is_one_line(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_config(argv)
     assert "hf_secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_what_would_break_a_promise_is_refused_with_the_reason(recipe, key: str) -> None:
+def test_settings_that_break_a_promise_are_refused_with_the_reason(recipe, key: str) -> None:
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     if key in fields:
         with pytest.raises(UserError, match=f"{key}=True is not supported: "):
@@ -154,14 +154,14 @@ def test_text_in_a_recipe_is_taken_as_it_stands(recipe) -> None:
     assert config.training["lr_scheduler_kwargs"] == '{"a": 1e-06}'
 
 
-def test_the_resolved_settings_are_a_recipe_for_the_same_run(tmp_path: Path) -> None:
+def test_resolved_settings_are_a_recipe_for_the_same_run(tmp_path: Path) -> None:
     config = load_config(["cifar10", "--learning_rate", "3e-5", "--metrics", "precision", "recall"])
     write_config(config, tmp_path / "config.yaml")
     assert load_config([str(tmp_path / "config.yaml")]).resolved() == config.resolved()
     assert not set(yaml.safe_load((tmp_path / "config.yaml").read_text())) & set(SECRET_KEYS)
 
 
-def test_every_upstream_field_is_a_key_and_every_option_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_arguments_are_keys_and_options_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     resolved = load_config([]).resolved()
     upstream = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - set(SECRET_KEYS)
     assert upstream - {"resume_from_checkpoint"} <= resolved.keys()
@@ -179,7 +179,7 @@ def test_every_upstream_field_is_a_key_and_every_option_says_what_it_does(capsys
     assert all(f"--{name} " in shown or f"--{name}\n" in shown for name in resolved if name not in hidden)
 
 
-def test_the_tutorials_job_is_there_in_full() -> None:
+def test_recipe_of_the_tutorial_has_all_its_settings() -> None:
     config = load_config(["cifar10"])
     wanted = {
         "num_train_epochs": 10, "learning_rate": 2e-5, "lr_scheduler_type": "constant", "weight_decay": 0.01,

@@ -20,7 +20,7 @@ def settings(name: str) -> dict[str, Any]:
     return yaml.safe_load(FILES[name].read_text())
 
 
-def test_there_is_a_file_for_each_strategy() -> None:
+def test_strategies_have_a_config_file_each() -> None:
     assert set(FILES) == {
         "single", "ddp", "ddp_multinode", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp",
     }  # fmt: skip
@@ -42,12 +42,12 @@ def test_precision_and_batch_belong_to_the_recipe(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_says_what_it_is_for_in_a_few_lines(name: str) -> None:
+def test_config_file_has_a_short_header(name: str) -> None:
     lines = FILES[name].read_text().splitlines()
     assert lines[0].startswith("# ") and lines[1].startswith("# ") and len(lines) <= 20
 
 
-def test_the_launcher_does_not_decide_the_precision() -> None:
+def test_precision_of_the_launcher_is_refused() -> None:
     with pytest.raises(UserError, match="precision belongs to the recipe"):
         check_owners("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     with pytest.raises(UserError, match="--torch_compile"):
@@ -56,7 +56,8 @@ def test_the_launcher_does_not_decide_the_precision() -> None:
     check_owners("fp32", {"ACCELERATE_MIXED_PRECISION": "no"})
 
 
-def test_a_users_default_file_does_not_decide_silently(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
+@pytest.mark.launch
+def test_default_file_of_accelerate_with_a_precision_is_refused(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
     """Plain `accelerate launch` reads it; what it says beyond the strategy is refused before anything starts."""
     home = tmp_path / "accelerate"
     home.mkdir()

@@ -19,7 +19,7 @@ os.killpg(0, signal.SIGUSR1)
 """
 
 
-def test_the_last_words_of_a_killed_process_are_kept(tmp_path: Path) -> None:
+def test_output_of_a_killed_process_is_kept(tmp_path: Path) -> None:
     kept = tmp_path / "a log.txt"
     kept.write_text("before\n")
     done = subprocess.run(

@@ -96,7 +96,7 @@ def test_jpegs_are_reduced_as_far_as_they_may_be(orientation, most):
     assert difference.mean() < 10  # sides are rounded up; turned wrongly it is 50
 
 
-def test_only_jpegs_are_reduced_and_sizes_are_judged_before():
+def test_reduced_decoding_is_for_jpegs_and_judges_the_full_size():
     for data in (encoded(noise(), "PNG"), encoded(noise(), "WEBP"), encoded(noise(), "TIFF", compression="jpeg")):
         assert decode_reduced(data, RULES, lambda width, height: 8)[0].size == noise().size
     small = encoded(noise(), "JPEG")
@@ -115,7 +115,7 @@ def outcome(data: bytes, by: int) -> str:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_what_is_wrong_with_a_jpeg_is_found_at_an_eighth_as_well(progressive):
+def test_jpeg_damage_is_found_at_an_eighth_of_the_size(progressive):
     """Truncated, cut, overwritten in the header or anywhere: the same files are refused, for the same reasons."""
     picture = noise(size=(24, 18)).resize((240, 180), Image.Resampling.BICUBIC)
     whole, random = encoded(picture, "JPEG", progressive=progressive), np.random.default_rng(0)
@@ -161,7 +161,7 @@ def test_16_bit_gray_is_scaled_not_clipped():
         assert np.abs(got[..., 0] - expected).max() <= 1
 
 
-def test_a_pgm_is_scaled_by_the_maximum_that_it_declares():
+def test_pgm_is_scaled_by_its_declared_maximum():
     levels = np.full((4, 4), 1023)
     assert (pixels(b"P5 4 4 1023\n" + levels.astype(">u2").tobytes()) == 255).all()
 
@@ -235,7 +235,7 @@ def test_other_colour_spaces():
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "MPO", "AVIF"])
-def test_the_first_frame_counts(format):
+def test_animation_is_read_by_its_first_frame(format):
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN)]
     quality = {"quality": 100} if format in ("MPO", "AVIF", "WEBP") else {}
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **quality)
@@ -249,13 +249,13 @@ def test_truncated_files_are_refused(format):
     reason(data[: len(data) // 2])
 
 
-def test_a_flipped_bit_in_a_png_is_noticed():
+def test_png_with_a_flipped_bit_is_refused():
     data = bytearray(encoded(noise()))
     data[len(data) // 2] ^= 1
     reason(bytes(data))
 
 
-def test_what_is_not_an_image(tmp_path):
+def test_file_that_is_no_image_is_named_by_its_kind(tmp_path):
     assert "empty" in reason(b"")
     assert "HTML" in reason(b"<!DOCTYPE html><html><body>404</body></html>")
     assert "known format" in reason(b"\x00\x01\x02garbage" * 20)
@@ -281,7 +281,7 @@ def test_sizes_are_checked_before_decoding():
     assert pixels(png(size=(1, 1)), DecodeRules(min_image_side=1)).shape == (1, 1, 3)
 
 
-def test_a_raised_limit_goes_beyond_pillows_own(monkeypatch):
+def test_max_image_pixels_above_pillows_limit_is_used(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = encoded(Image.new("L", (30, 30)))
     with ThreadPoolExecutor(4) as pool:
@@ -310,7 +310,7 @@ def test_lack_of_memory_is_not_a_bad_image(monkeypatch):
         decode(encoded(Image.new("L", (4, 4))), RULES)
 
 
-def test_no_warnings_reach_the_user(tmp_path):
+def test_decoding_prints_no_warnings(tmp_path):
     palette = Image.new("P", (4, 4))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     (tmp_path / "p.png").write_bytes(encoded(palette, transparency=bytes([0, 255])))
@@ -341,7 +341,7 @@ def test_rules_come_from_the_options(tmp_path):
     assert DecodeRules.from_options(options("digits", tmp_path, image_background="#01020380")).background == (1, 2, 3)
 
 
-def test_the_exception_travels_between_processes():
+def test_bad_image_exception_is_pickled_between_processes():
     assert pickle.loads(pickle.dumps(BadImage("why"))).reason == "why"
 
 

@@ -1,4 +1,4 @@
-"""`vit-dist doctor`: what it finds, on which rank, and that it leaves nothing behind. Real launches, each done once."""
+"""`vit-dist doctor`: what it finds, on which rank, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import run, write_photos
 from fork_ranks import fork_ranks
+from lab import fork
 from torch.multiprocessing import ProcessExitedException
 
 from vit_dist import cli, distributed
@@ -57,7 +58,8 @@ def healthy(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     return root, done.stdout
 
 
-def test_nothing_is_wrong(healthy: tuple[Path, str]) -> None:
+@pytest.mark.launch
+def test_doctor_on_a_healthy_machine_passes_every_check(healthy: tuple[Path, str]) -> None:
     found = lines(healthy[1])
     assert list(found) == CHECKS, healthy[1]
     bad = {name: line for name, line in found.items() if line[0] not in ("ok", "skip")}
@@ -69,7 +71,8 @@ def test_nothing_is_wrong(healthy: tuple[Path, str]) -> None:
     assert "shared by all ranks" in found["run folder"][1]
 
 
-def test_a_row_for_each_rank(healthy: tuple[Path, str]) -> None:
+@pytest.mark.launch
+def test_doctor_prints_a_row_for_each_rank(healthy: tuple[Path, str]) -> None:
     head, *rows = healthy[1].splitlines()[:3]
     assert head.split() == ["rank", "host", "device", "driver", "python", "torch", "transformers", "accelerate",
                             "deepspeed"]  # fmt: skip
@@ -78,16 +81,17 @@ def test_a_row_for_each_rank(healthy: tuple[Path, str]) -> None:
     assert [m.start() for m in re.finditer(r"\S+", rows[0])] == [m.start() for m in re.finditer(r"\S+", head)]
 
 
-def test_it_leaves_nothing_behind(healthy: tuple[Path, str]) -> None:
+@pytest.mark.launch
+def test_doctor_leaves_no_files(healthy: tuple[Path, str]) -> None:
     assert files_below(healthy[0]) == set()
 
 
-def test_what_is_missing_is_named_with_its_ranks(tmp_path: Path) -> None:
+def test_doctor_without_network_names_what_is_missing_with_its_ranks(tmp_path: Path) -> None:
     """No network, a hub model and a hub data set that were never downloaded, a file where a folder is needed."""
     (tmp_path / "file").write_text("")
-    done = run(
+    done = fork(
         "--data", "someone/flowers", "--model", "someone/vit", "--output_dir", tmp_path / "file" / "run",
-        launcher="torchrun", processes=2, module="vit_dist.verbs.doctor", expect=1, HF_HUB_OFFLINE="1",
+        processes=2, module="vit_dist.verbs.doctor", expect=1, HF_HUB_OFFLINE="1",
     )  # fmt: skip
     found = lines(done.stdout)
     assert list(found) == CHECKS, done.stdout
@@ -101,8 +105,8 @@ def test_what_is_missing_is_named_with_its_ranks(tmp_path: Path) -> None:
     assert files_below(tmp_path) == {tmp_path / "file"}
 
 
-def test_a_data_folder_that_is_not_there(tmp_path: Path) -> None:
-    done = run(
+def test_doctor_with_missing_data_folder_fails_the_data_check(tmp_path: Path) -> None:
+    done = fork(
         "doctor", "--data", tmp_path / "nope", "--model", "tiny", "--output_dir", tmp_path / "run",
         module="vit_dist.cli", expect=1,
     )  # fmt: skip
@@ -111,17 +115,17 @@ def test_a_data_folder_that_is_not_there(tmp_path: Path) -> None:
     assert files_below(tmp_path) == set()
 
 
-def test_a_wrong_command_is_one_line_and_exit_2() -> None:
-    failed = run("doctor", "--learnin_rate", "1", module="vit_dist.cli", expect=2)
+def test_doctor_with_unknown_argument_prints_one_line_and_exits_2() -> None:
+    failed = fork("doctor", "--learnin_rate", "1", module="vit_dist.cli", expect=2)
     assert failed.stderr == "error: unknown argument --learnin_rate; did you mean --learning_rate?\n"
 
 
-def test_help_is_short_and_refers_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_help_is_short_and_refers_to_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--help"]) == 0
     assert "vit-dist train --help" in (text := capsys.readouterr().out) and len(text.splitlines()) < 20
 
 
-def test_several_gpus_get_a_process_each() -> None:
+def test_doctor_on_several_gpus_starts_a_process_each() -> None:
     command = cli.launch_command(["cifar10"], 4, "vit_dist.verbs.doctor")
     assert command is not None and command[-2:] == ["vit_dist.verbs.doctor", "cifar10"] and "4" in command
 
@@ -139,7 +143,7 @@ def ill(rank: int, world_size: int, root: str) -> None:
     Path(root, f"{rank}.json").write_text(json.dumps([code, [str(path) for path in here.rglob("*")]]))
 
 
-def test_what_differs_between_ranks_names_them(tmp_path: Path, photos: Path) -> None:
+def test_doctor_with_ranks_that_differ_names_them(tmp_path: Path, photos: Path) -> None:
     shutil.copytree(photos, tmp_path / "photos0")
     write_photos(tmp_path / "photos1", {"train": 36, "validation": 13, "test": 11})
     (tmp_path / "photos1" / "train" / "fly").mkdir()
@@ -176,7 +180,7 @@ def slow(rank: int, world_size: int, root: str) -> None:
         doctor.main(["--model", "tiny", "--output_dir", f"{root}/run"])
 
 
-def test_a_rank_that_does_not_come_ends_the_job_with_a_word(tmp_path: Path) -> None:
+def test_doctor_with_an_absent_rank_ends_and_says_so(tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(ProcessExitedException, match="process 0 terminated with exit code 1"):
         fork_ranks(slow, 2, str(tmp_path))
@@ -186,7 +190,7 @@ def test_a_rank_that_does_not_come_ends_the_job_with_a_word(tmp_path: Path) -> N
     )
 
 
-def test_lines_name_rank_and_host() -> None:
+def test_doctor_lines_name_rank_and_host() -> None:
     hosts = ["a", "a", "b"]
     fine, full = Result("ok", "fine"), Result("FAIL", "full; make room")
     assert merged({0: fine, 1: fine, 2: fine}, hosts) == [("ok", "fine")]
@@ -252,7 +256,7 @@ def cached(cache: Path, *names: str) -> None:
         )
 
 
-def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_with_a_model_in_the_cache_accepts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     hub = job("--model", "someone/vit", "--cache_dir", tmp_path)
@@ -271,7 +275,7 @@ def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         checks.check_model(job("--model", tmp_path / "empty").config)
 
 
-def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_with_a_hub_data_set_looks_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset, Features, Image
     from datasets.packaged_modules.parquet.parquet import Parquet
     from huggingface_hub import HfApi
@@ -317,14 +321,15 @@ def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(**key) == Result("ok", "logged in, http://127.0.0.1:9 answers")
 
 
-def test_a_folder_that_train_would_refuse_is_told(tmp_path: Path) -> None:
+def test_doctor_with_a_folder_that_is_no_run_fails_the_run_folder_check(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     found = doctor.check_run_folder(job("--output_dir", tmp_path))
     assert found.status == "FAIL" and "is not empty and not a run folder" in found.detail
     assert files_below(tmp_path) == {tmp_path / "thesis.txt"}
 
 
-def test_the_verbs_are_listed_at_once() -> None:
+@pytest.mark.launch
+def test_help_of_the_verbs_imports_no_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "vit_dist.cli", "--help"], capture_output=True, text=True, check=True
     )

@@ -80,7 +80,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(found: Any, world_size
     assert other["in_training"] == pytest.approx(one["eval_loss"], abs=1e-6)
 
 
-def test_the_loss_is_that_of_the_logits(found: Any) -> None:
+def test_evaluation_loss_of_an_untrained_model_is_near_log_3(found: Any) -> None:
     """Not a constant: it differs between sizes, and is near log 3 for a model that has learnt nothing."""
     values = [found[3][f"1/{size}"]["eval_loss"] for size in SIZES]
     assert len(set(values)) == len(SIZES)

@@ -1,6 +1,7 @@
 """`vit-dist fetch` against a hub on this machine, and sealed runs with what it brought.
 
-That a sealed run tries to reach nobody is shown with strace, which sees every process and library.
+Libraries read the address of the hub when they are imported: what uses it is forked from servers that have it in their
+environment. That a sealed run tries to reach nobody is shown with strace, which sees every process and library.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ import psutil
 import pytest
 from conftest import command, losses, results, run, write_checkpoint, write_photos
 from hub_server import HubServer
+from lab import ForkServer, fork
 from test_source import hub_table
 
 from vit_dist import bundle
@@ -64,14 +66,25 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     server.close()
 
 
-def bring(hub: HubServer, folder: Path, *args: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    return run("fetch", *args, "--bundle", folder, module="vit_dist.cli", expect=expect, **hub.environment)
+Bring = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def fetched(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bring(hub: HubServer) -> Iterator[Bring]:
+    """`vit-dist fetch` with the hub: (folder of the bundle, flags..., expect=exit code)."""
+    server = ForkServer({**os.environ, **hub.environment})
+
+    def bring(folder: Path, *args: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        return server.fork("fetch", *args, "--bundle", folder, module="vit_dist.cli", expect=expect)
+
+    yield bring
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def fetched(bring: Bring, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "photos"
-    done = bring(hub, folder, *ARGS)
+    done = bring(folder, *ARGS)
     assert done.stdout.splitlines()[0].startswith(f"{folder}: data lab/photos, model lab/vit, metrics mine; ")
     assert done.stdout.splitlines()[1:] == [f"run with it: VIT_DIST_BUNDLE={folder}"]
     return folder
@@ -83,7 +96,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
-def test_each_file_comes_once_and_nothing_else(hub: HubServer, fetched: Path) -> None:
+def test_fetch_downloads_each_file_once_and_nothing_else(hub: HubServer, fetched: Path) -> None:
     parquet = {f"datasets/lab/photos/data/{split}-00000-of-00001.parquet" for split in ("train", "test")}
     model = {f"models/lab/vit/{name}" for name in ("config.json", "preprocessor_config.json", "model.safetensors")}
     assert dict(hub.downloads) == dict.fromkeys([*parquet, *model, "spaces/evaluate-metric/mine/mine.py"], 1)
@@ -91,7 +104,7 @@ def test_each_file_comes_once_and_nothing_else(hub: HubServer, fetched: Path) ->
     assert {path.name for path in fetched.parent.iterdir()} == {fetched.name, ".photos.lock"}
 
 
-def test_the_manifest_says_what_is_there(hub: HubServer, fetched: Path) -> None:
+def test_bundle_manifest_lists_its_files(hub: HubServer, fetched: Path) -> None:
     manifest = bundle.read(fetched)
     assert manifest["data"]["commit"] == hub.commit("datasets/lab/photos")
     assert manifest["model"]["commit"] == hub.commit("models/lab/vit")
@@ -104,14 +117,14 @@ def test_the_manifest_says_what_is_there(hub: HubServer, fetched: Path) -> None:
         assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def test_the_same_again_does_nothing(hub: HubServer, fetched: Path) -> None:
+def test_fetch_of_a_whole_bundle_does_nothing(hub: HubServer, bring: Bring, fetched: Path) -> None:
     before, downloads = contents(fetched), hub.downloads.copy()
-    done = bring(hub, fetched, *ARGS)
+    done = bring(fetched, *ARGS)
     assert done.stdout.splitlines()[0] == f"{fetched}: whole, and the hub has nothing newer; nothing to do"
     assert (contents(fetched), hub.downloads) == (before, downloads)
 
 
-def test_a_change_of_one_bit_is_found(fetched: Path, tmp_path: Path) -> None:
+def test_bundle_with_one_bit_changed_is_refused(fetched: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(fetched, tmp_path / "copy", symlinks=True)
     verify(copy)
     name = "data/test/data-00000-of-00001.arrow"
@@ -120,51 +133,53 @@ def test_a_change_of_one_bit_is_found(fetched: Path, tmp_path: Path) -> None:
     (copy / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"copy: {re.escape(name)} was changed; 1 in all; delete the folder"):
         verify(copy)
-    failed = run("fetch", "--verify", copy, module="vit_dist.cli", expect=2)
+    failed = fork("fetch", "--verify", copy, module="vit_dist.cli", expect=2)
     assert failed.stderr.startswith("error: ") and len(failed.stderr.splitlines()) == 1
 
 
-def test_what_changed_on_the_hub_or_was_damaged_is_fetched_anew(hub: HubServer, tmp_path: Path) -> None:
+def test_bundle_changed_on_the_hub_or_damaged_is_fetched_anew(hub: HubServer, bring: Bring, tmp_path: Path) -> None:
     changing = shutil.copytree(hub.repositories["models/lab/vit"], tmp_path / "changing")
     hub.add("models", "lab/changing", changing)
     args, folder = ["--data", "digits", "--model", "lab/changing"], tmp_path / "b"
-    bring(hub, folder, *args)
+    bring(folder, *args)
     first = bundle.read(folder)["model"]["commit"]
     (changing / "config.json").write_text((changing / "config.json").read_text() + "\n")
-    bring(hub, folder, *args)
+    bring(folder, *args)
     assert bundle.read(folder)["model"]["commit"] == hub.commit("models/lab/changing") != first
     (weights,) = folder.rglob("model.safetensors")
     weights.resolve().write_bytes(b"short")
-    bring(hub, folder, *args)
+    bring(folder, *args)
     verify(folder)
     assert {path.name for path in tmp_path.iterdir()} == {"changing", "b", ".b.lock"}
 
 
-def test_killed_it_leaves_no_bundle_and_goes_on_with_what_it_had(hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.launch
+def test_fetch_killed_leaves_no_bundle_and_goes_on_with_what_it_had(
+    hub: HubServer, bring: Bring, tmp_path: Path
+) -> None:
     folder, before = tmp_path / "b", hub.downloads.copy()
     hub.held = "datasets/lab/photos/data/test-00000-of-00001.parquet"
     arguments = command("python", 1, "fetch", *ARGS, "--bundle", folder, module="vit_dist.cli")
     process = subprocess.Popen(arguments, env={**os.environ, **hub.environment}, stdout=-3, stderr=-3)
     assert hub.reached.wait(120)
-    busy = bring(hub, folder, *ARGS, expect=2)
+    busy = bring(folder, *ARGS, expect=2)
     assert busy.stderr == f"error: another vit-dist fetch is making {folder}; wait for it\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     hub.held = ""
     hub.released.set()
     assert not folder.exists()
-    bring(hub, folder, *ARGS)
+    bring(folder, *ARGS)
     verify(folder)
     assert hub.downloads["models/lab/vit/model.safetensors"] == before["models/lab/vit/model.safetensors"] + 1
     assert {path.name for path in tmp_path.iterdir()} == {"b", ".b.lock"}
 
 
-def test_local_files_are_named_and_not_copied(
+def test_fetch_of_local_files_names_them_and_copies_nothing(
     tmp_path: Path, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
-    done = run("fetch", "digits", "--data", photos, "--model", checkpoint, module="vit_dist.cli")
+    done = fork("fetch", "digits", "--data", photos, "--model", checkpoint, module="vit_dist.cli")
     folder = tmp_path / "bundles" / "digits"  # of the recipe
     assert done.stdout.splitlines() == [
         f"{folder}: nothing is needed from the hub; 0 files, 0.0 MB",
@@ -186,26 +201,29 @@ def test_local_files_are_named_and_not_copied(
         (["--bundel", "b"], "unknown argument --bundel"),
     ],
 )
-def test_what_cannot_work_is_said(tmp_path: Path, args: list[str], message: str) -> None:
+def test_fetch_that_cannot_work_is_refused_in_one_line(tmp_path: Path, args: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         fetch([*args, *([] if "--verify" in args else ["--bundle", str(tmp_path / "b")])])
     assert not list(tmp_path.iterdir())
 
 
-def test_another_folder_is_not_replaced(tmp_path: Path) -> None:
+def test_fetch_into_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis").write_text("")
     with pytest.raises(UserError, match="is there already and is no bundle; choose another one with --bundle"):
         fetch(["--data", "digits", "--model", "tiny", "--bundle", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
-def test_a_sealed_process_does_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_in_a_sealed_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(bundle.VARIABLE, str(tmp_path))
     with pytest.raises(UserError, match=r"VIT_DIST_BUNDLE is set, .* unset it for fetch"):
         fetch(ARGS)
 
 
-def test_a_hub_that_does_not_answer_or_has_only_pickles(hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.launch
+def test_fetch_from_a_silent_hub_or_of_pickles_is_refused_in_one_line(
+    hub: HubServer, bring: Bring, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     nobody = {**hub.environment, "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
@@ -215,12 +233,14 @@ def test_a_hub_that_does_not_answer_or_has_only_pickles(hub: HubServer, tmp_path
     pickled = shutil.copytree(hub.repositories["models/lab/vit"], tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
     hub.add("models", "lab/pickled", pickled)
-    failed = bring(hub, tmp_path / "b", "--data", "digits", "--model", "lab/pickled", expect=2)
+    failed = bring(tmp_path / "b", "--data", "digits", "--model", "lab/pickled", expect=2)
     assert failed.stderr == ("error: model lab/pickled: no safetensors weights there; pickled weights are not loaded\n")
     assert not (tmp_path / "b").exists()
 
 
-def test_weights_in_several_files_and_pictures_in_files(hub: HubServer, tmp_path: Path) -> None:
+def test_fetch_of_sharded_weights_and_image_files_brings_all_of_them(
+    hub: HubServer, bring: Bring, tmp_path: Path
+) -> None:
     """Pictures are in the bundle themselves: `datasets` would keep paths into the cache of the machine that fetched."""
     from transformers import ViTForImageClassification
 
@@ -230,7 +250,7 @@ def test_weights_in_several_files_and_pictures_in_files(hub: HubServer, tmp_path
     shards = {path.name for path in sharded.glob("model-*.safetensors")}
     assert len(shards) > 1
     hub.add("models", "lab/sharded", sharded)
-    bring(hub, tmp_path / "b", "--data", "lab/pictures", "--model", "lab/sharded")
+    bring(tmp_path / "b", "--data", "lab/pictures", "--model", "lab/sharded")
     moved = (tmp_path / "b").rename(tmp_path / "moved")
     assert {path.name for path in moved.rglob("*.safetensors*")} == {*shards, "model.safetensors.index.json"}
     table = datasets.load_from_disk(str(moved / bundle.DATA))["train"].cast_column(
@@ -248,13 +268,15 @@ def online(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes that start with empty caches and a hub. What they downloaded is in downloads.json."""
     root = tmp_path_factory.mktemp("online")
     before = hub.downloads.copy()
-    run(*ARGS, *SHORT, "--output_dir", root / "run", "--report_to", "none", "--per_device_train_batch_size", 4,
-        launcher="torchrun", processes=2, HF_HOME=str(root / "home"), **hub.environment)  # fmt: skip
+    server = ForkServer({**os.environ, **hub.environment, "HF_HOME": str(root / "home")})
+    server.fork(*ARGS, *SHORT, "--output_dir", root / "run", "--report_to", "none", "--per_device_train_batch_size", 4,
+                processes=2)  # fmt: skip
+    server.close()
     (root / "downloads.json").write_text(json.dumps(hub.downloads - before))
     return root
 
 
-def test_processes_of_a_node_download_each_file_once(online: Path) -> None:
+def test_run_on_two_processes_downloads_each_file_once(online: Path) -> None:
     downloads = json.loads((online / "downloads.json").read_text())
     downloads.pop("spaces/evaluate-metric/mine/mine.py")  # 1 KB; evaluate's lock does not keep the second from it
     assert set(downloads.values()) == {1} and len(downloads) == 5, downloads
@@ -266,13 +288,36 @@ SEALED = {  # launcher, processes, what reports
 }
 
 
-@pytest.mark.parametrize("name", SEALED)
-def test_a_sealed_run_is_the_same_and_tries_to_reach_nobody(
-    fetched: Path, online: Path, tmp_path: Path, name: str
+def sealed_environment(bundled: Path, home: Path) -> dict[str, str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_"))}
+    return {**environ, bundle.VARIABLE: str(bundled), "HF_HOME": str(home), "WANDB_API_KEY": "c0ffee" * 6 + "beef"}
+
+
+def assert_like_online(folder: Path, online: Path, printed: str, report_to: str) -> None:
+    record, other = (json.loads((path / "run.json").read_text()) for path in (folder, online))
+    assert record["data"] == other["data"]
+    assert losses(folder) == pytest.approx(losses(online), abs=1e-5)
+    assert results(folder)["eval_mine"] == 7.0
+    if report_to == "wandb":
+        assert "W&B: offline (WANDB_MODE=offline)" in printed
+        assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+
+
+def test_sealed_run_equals_the_online_run_and_changes_nothing_in_the_bundle(
+    fetched: Path, online: Path, tmp_path: Path
 ) -> None:
-    if shutil.which("strace") is None:
-        assert os.environ.get("REQUIRE_SLURM") != "1", "strace is missing"
-        pytest.skip("strace is missing: apt-get install strace")
+    before, server = contents(fetched), ForkServer(sealed_environment(fetched, tmp_path / "home"))
+    args = [*ARGS, *SHORT, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "run"]
+    done = server.fork(*args, "--report_to", "wandb")
+    server.close()
+    assert contents(fetched) == before
+    assert_like_online(tmp_path / "run", online / "run", done.stdout, "wandb")
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.parametrize("name", SEALED)
+def test_sealed_run_under_strace_reaches_nobody(fetched: Path, online: Path, tmp_path: Path, name: str) -> None:
     launcher, processes, report_to = SEALED[name]
     before = contents(fetched)
     args = [*ARGS, *SHORT, "--output_dir", tmp_path / "run", "--report_to", report_to]
@@ -281,14 +326,12 @@ def test_a_sealed_run_is_the_same_and_tries_to_reach_nobody(
     args += ["--dataloader_num_workers", 0, "--hang_timeout", "90s"]
     strace = ["strace", "-f", "--seccomp-bpf", "-q", "-s", "256", "-o", str(tmp_path / "trace")]
     strace += ["-e", "trace=connect,sendto,sendmsg,sendmmsg"]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_"))}
-    environ |= {
-        bundle.VARIABLE: str(fetched),
-        "HF_HOME": str(tmp_path / "home"),
-        "WANDB_API_KEY": "c0ffee" * 6 + "beef",
-    }
     done = subprocess.run(
-        [*strace, *command(launcher, processes, *args)], env=environ, capture_output=True, text=True, timeout=300
+        [*strace, *command(launcher, processes, *args)],
+        env=sealed_environment(fetched, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -296,13 +339,7 @@ def test_a_sealed_run_is_the_same_and_tries_to_reach_nobody(
     assert sum(call.endswith("+++ exited with 0 +++") for call in calls) >= processes  # so that silence says something
     assert not list(outside(calls))
     assert contents(fetched) == before
-    record, other = (json.loads((path / "run" / "run.json").read_text()) for path in (tmp_path, online))
-    assert record["data"] == other["data"]
-    assert losses(tmp_path / "run") == pytest.approx(losses(online / "run"), abs=1e-5)
-    assert results(tmp_path / "run")["eval_mine"] == 7.0
-    if report_to == "wandb":
-        assert "W&B: offline (WANDB_MODE=offline)" in done.stdout
-        assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == 1
+    assert_like_online(tmp_path / "run", online / "run", done.stdout, report_to)
 
 
 def outside(calls: list[str]) -> Iterator[str]:
@@ -328,7 +365,7 @@ def outside(calls: list[str]) -> Iterator[str]:
     yield from asking.values()
 
 
-def test_what_counts_as_outside() -> None:
+def test_system_calls_to_other_machines_count_as_outside() -> None:
     dns = '7 connect(4, {sa_family=AF_INET, sin_port=htons(53), sin_addr=inet_addr("10.0.0.2")}, 16) = 0'
     own = r'7 sendto(4, "\1\0\0011\0010\0010\003127\7in-addr\4arpa\0", 40, MSG_NOSIGNAL, NULL, 0) = 40'
     name = r'7 sendmmsg(4, [{msg_hdr={msg_iov=[{iov_base="\1\0\7api\5wandb\2ai\0"}]}}], 2, 0) = 2'

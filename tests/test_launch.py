@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -102,7 +101,7 @@ def accelerate_reads(command: list[str], monkeypatch: pytest.MonkeyPatch) -> tup
 
 
 @pytest.mark.parametrize("line", ["torchrun", "accelerate ddp"])
-def test_all_visible_gpus_get_a_process_each(scripts: Scripts, line: str) -> None:
+def test_visible_gpus_get_a_process_each(scripts: Scripts, line: str) -> None:
     flag = "--nproc-per-node" if line == "torchrun" else "--num_processes"
     assert value(scripts.command(line, gpus=4), flag) == "4"
     for visible in ("1,3", "GPU-2a7c,0", " 0, 1"):
@@ -119,7 +118,7 @@ def test_verb_recipe_and_words_with_spaces_reach_the_module(scripts: Scripts, li
     assert scripts.command(line, "doctor", *words, gpus=2)[-7:] == ["-m", "vit_dist.verbs.doctor", *words]
 
 
-def test_the_shown_command_can_be_pasted(scripts: Scripts, tmp_path: Path) -> None:
+def test_dry_run_prints_a_command_that_can_be_pasted(scripts: Scripts, tmp_path: Path) -> None:
     python = program(
         tmp_path / "my python", "python", f'if [ "$1" = - ]; then exec {sys.executable} "$@"; fi; echo "$@"'
     )
@@ -139,7 +138,7 @@ def test_torchrun_on_one_node(scripts: Scripts) -> None:
     assert {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= set(alone), "an outer launcher's variables are taken away"
 
 
-def test_two_nodes_count_per_node_for_torchrun_and_in_all_for_accelerate(scripts: Scripts) -> None:
+def test_processes_of_two_nodes_are_counted_per_node_or_in_all(scripts: Scripts) -> None:
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
     torchrun = scripts.command("torchrun", gpus=4, **nodes)
     flags = ("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port")
@@ -152,7 +151,7 @@ def test_two_nodes_count_per_node_for_torchrun_and_in_all_for_accelerate(scripts
 
 
 @pytest.mark.parametrize("line", ["torchrun", "accelerate ddp", "accelerate zero1", "accelerate single"])
-def test_every_process_gets_its_share_of_the_cores(scripts: Scripts, line: str, tmp_path: Path) -> None:
+def test_processes_get_their_share_of_the_cores(scripts: Scripts, line: str, tmp_path: Path) -> None:
     path = f"{program(tmp_path / 'cores', 'nproc', 'echo 9')}:{scripts.env(2)['PATH']}"
     threads = "OMP_NUM_THREADS=9" if line == "accelerate single" else "OMP_NUM_THREADS=4"
     assert threads in scripts.command(line, PATH=path)
@@ -185,7 +184,7 @@ def test_accelerate_takes_every_strategy_as_meant(
     assert sizes == (["2", str(nodes * 2)] if strategy == "hsdp" else [None, None])
 
 
-def test_the_users_default_config_never_decides(scripts: Scripts) -> None:
+def test_default_config_of_the_user_is_ignored(scripts: Scripts) -> None:
     for strategy in set(STRATEGIES) - {"single"}:
         env = {"NODE_RANK": "1", **TWO_NODES} if strategy == "ddp_multinode" else {"HSDP_REPLICAS": "2"}
         command = scripts.command(f"accelerate {strategy}", gpus=4, **env)
@@ -193,14 +192,14 @@ def test_the_users_default_config_never_decides(scripts: Scripts) -> None:
 
 
 @pytest.mark.parametrize(("line", "gpus"), [("accelerate single", 4), ("accelerate ddp", 1)])
-def test_one_process_has_no_launcher_that_could_keep_a_signal_from_it(scripts: Scripts, line: str, gpus: int) -> None:
+def test_single_process_is_started_without_launcher(scripts: Scripts, line: str, gpus: int) -> None:
     done = scripts.run(line, "--seed", "1", gpus=gpus)
     assert shlex.split(done.stdout)[-4:] == ["-m", "vit_dist.train", "--seed", "1"]
     assert "accelerate" not in done.stdout
     assert done.stderr.startswith("note: one process") == (line == "accelerate ddp")
 
 
-def test_a_configuration_of_ones_own(scripts: Scripts, tmp_path: Path) -> None:
+def test_launch_with_a_configuration_file_of_the_user_passes_it_on(scripts: Scripts, tmp_path: Path) -> None:
     (tmp_path / "my own.yaml").write_text("distributed_type: MULTI_GPU\n")
     assert value(scripts.command("accelerate", "my own.yaml", gpus=2), "--config_file") == "my own.yaml"
     assert "no file gone.yaml" in scripts.error("accelerate", "gone.yaml", gpus=2)
@@ -268,7 +267,7 @@ def test_gpus_that_are_not_there_are_not_asked_for(scripts: Scripts) -> None:
         ({"MASTER_ADDR": "no-such-node.invalid", "NODE_RANK": "1"}, "MASTER_ADDR=no-such-node.invalid is not known on"),
     ],
 )
-def test_a_topology_that_cannot_be_is_one_line(scripts: Scripts, env: dict[str, str], message: str) -> None:
+def test_impossible_topology_is_one_line(scripts: Scripts, env: dict[str, str], message: str) -> None:
     for line in ("torchrun", "accelerate ddp"):
         assert scripts.error(line, gpus=2, **{"NNODES": "2", **env}).startswith(f"error: {message}")
 
@@ -286,9 +285,7 @@ def test_a_topology_that_cannot_be_is_one_line(scripts: Scripts, env: dict[str, 
         ("hsdp", {"HSDP_REPLICAS": "all"}, "HSDP_REPLICAS is 'all'"),
     ],
 )
-def test_a_strategy_that_does_not_fit_is_one_line(
-    scripts: Scripts, line: str, env: dict[str, str], message: str
-) -> None:
+def test_strategy_that_does_not_fit_is_one_line(scripts: Scripts, line: str, env: dict[str, str], message: str) -> None:
     assert scripts.error(f"accelerate {line}", gpus=4, **env).startswith(f"error: {message}")
 
 
@@ -299,14 +296,14 @@ def test_a_strategy_that_does_not_fit_is_one_line(
         ("vit_dist", "torchrun", "activate its environment, or set PYTHON"),
     ],
 )
-def test_what_is_not_installed_is_told_first(scripts: Scripts, package: str, line: str, cure: str) -> None:
+def test_missing_package_is_refused_first(scripts: Scripts, package: str, line: str, cure: str) -> None:
     (scripts.modules / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
     message = scripts.error(line, gpus=2)
     assert message == f"error: {package} is not installed for {sys.executable}; {cure}\n"
     assert "there is no /nowhere/python" in scripts.error(line, gpus=2, PYTHON="/nowhere/python")
 
 
-def test_a_busy_port_is_named_by_the_node_that_would_listen(scripts: Scripts) -> None:
+def test_busy_port_is_refused_on_the_node_that_listens(scripts: Scripts) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -320,18 +317,24 @@ def test_a_busy_port_is_named_by_the_node_that_would_listen(scripts: Scripts) ->
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.rglob("*.sh")), ids=lambda path: path.name)
-def test_scripts_are_clean_and_know_no_batch_system(script: Path) -> None:
+def test_launch_scripts_parse_and_know_no_batch_system(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True, timeout=60)
     text = script.read_text().lower()
     assert not [word for word in ("slurm_", "sbatch", "srun") if word in text]
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("script", sorted(LAUNCH.rglob("*.sh")), ids=lambda path: path.name)
+def test_launch_scripts_pass_shellcheck(script: Path) -> None:
     checked = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("line", ["torchrun", "accelerate ddp"])
-def test_two_nodes_train_one_model(scripts: Scripts, line: str, photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_launch_on_two_nodes_trains_one_model(
+    scripts: Scripts, line: str, photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     default = tmp_path / "hf" / "accelerate" / "default_config.yaml"  # which must not decide
     default.parent.mkdir(parents=True)
     default.write_text("distributed_type: 'NO'\nnum_processes: 7\n")

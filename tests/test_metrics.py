@@ -146,7 +146,7 @@ def test_loss_is_stable_and_hides_nothing() -> None:
         assert np.isnan(measure(np.array([[bad, 0.0], [0.0, 1.0]]), labels)["loss"])
 
 
-def test_more_rows_than_one_block_and_half_precision() -> None:
+def test_metrics_of_many_rows_in_half_precision_are_exact() -> None:
     logits, labels = sample(2500, 7)
     wide = logits.astype(np.float64)
     losses = np.logaddexp.reduce(wide, axis=1) - wide[np.arange(2500), labels]
@@ -159,7 +159,7 @@ def test_results_are_plain_numbers() -> None:
     assert {type(value) for value in measure(*sample(7, 3)).values()} == {float, int}
 
 
-def test_every_image_counts_once_and_none_is_missing() -> None:
+def test_images_count_once_in_the_metrics() -> None:
     logits, labels = sample(7, 3)
     rows = judged(torch.from_numpy(logits), torch.from_numpy(labels), torch.arange(7)).numpy()
     shuffled, whole = Outcomes.of(rows[[3, 1, 6, 0, 2, 5, 4, 0, 1]], 7), judge(logits, labels)  # two fill up a batch
@@ -194,14 +194,14 @@ def test_extras(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len([r for r in caplog.records if "table" in r.message]) == 1
 
 
-def test_an_extra_that_cannot_be_computed_is_found_at_once(tmp_path: Path) -> None:
+def test_metric_that_cannot_be_computed_is_refused_at_once(tmp_path: Path) -> None:
     wants_more = write_metric(tmp_path, "wants_more", "{}", parameters=", prediction_scores")
     with pytest.raises(UserError, match=r"wants_more.*prediction_scores.*path"):
         ClassificationMetrics(names(3), extra=[wants_more])
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_an_extra_that_is_nowhere(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+def test_metric_that_is_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     """Without the offline switch the hub is asked, and given up on if it does not answer."""
     if offline:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -275,7 +275,7 @@ def test_three_processes_share_an_empty_home_and_one_has_a_home_that_cannot_be_w
     assert not list(tmp_path.glob("vit_dist_metrics_*"))
 
 
-def test_a_damaged_copy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metric_module_damaged_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object, **kwargs: object) -> None:
         raise TypeError("'NoneType' object is not callable")  # what evaluate says to a module cut short
 

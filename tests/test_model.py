@@ -85,7 +85,7 @@ def build(folder: Path, classes: list[str], seed: int = 0, image_size: int | Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_is_new_and_the_rest_is_the_checkpoint(saved: dict[str, Path], family: str) -> None:
+def test_loaded_model_has_a_new_head_and_the_checkpoints_backbone(saved: dict[str, Path], family: str) -> None:
     built = build(saved[family], CLASSES)
     original = AutoModelForImageClassification.from_pretrained(saved[family]).state_dict()
     state = built.model.state_dict()
@@ -138,7 +138,7 @@ def test_interpolated_positions_are_the_bicubic_resize_of_the_grid(saved: dict[s
     assert torch.allclose(after[:, 1:], wanted)
 
 
-def test_the_head_stays_for_the_same_classes_and_not_for_others_of_the_same_number(saved: dict[str, Path]) -> None:
+def test_head_is_kept_for_the_same_classes_only(saved: dict[str, Path]) -> None:
     original = AutoModelForImageClassification.from_pretrained(saved["vit"])
     same = build(saved["vit"], [f"LABEL_{i}" for i in range(7)])
     assert torch.equal(same.model.classifier.weight, original.classifier.weight)
@@ -164,7 +164,7 @@ def test_reloading_another_model_is_fatal(saved: dict[str, Path], tmp_path: Path
         reload_strictly(model, tmp_path)
 
 
-def test_a_file_without_some_tensors_is_fatal(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_checkpoint_without_some_tensors_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = build(saved["vit"], CLASSES).model
@@ -177,7 +177,7 @@ def test_a_file_without_some_tensors_is_fatal(saved: dict[str, Path], tmp_path: 
         reload_strictly(model, tmp_path)
 
 
-def test_what_cannot_be_loaded_is_one_clear_line(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_model_that_cannot_be_loaded_is_one_line(saved: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model \S+nowhere: there is no such folder"):
         build(tmp_path / "nowhere", CLASSES)
     options = ModelOptions(model=str(saved["vit"]))
@@ -193,7 +193,7 @@ def test_what_cannot_be_loaded_is_one_clear_line(saved: dict[str, Path], tmp_pat
         build(saved["vit"], CLASSES, image_size=0)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_checkpoint_of_another_architecture_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((saved["vit"] / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((saved["convnext"] / "model.safetensors").read_bytes())
@@ -209,7 +209,7 @@ def test_tiny_needs_no_download() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_trained_parameter_gets_a_gradient(saved: dict[str, Path], family: str) -> None:
+def test_trained_parameters_all_get_a_gradient(saved: dict[str, Path], family: str) -> None:
     """DistributedDataParallel does not search for unused ones, and would wait for them."""
     built = build(saved[family], CLASSES)
     built.model.train()(torch.ones(2, 3, 32, 32)).logits.sum().backward()

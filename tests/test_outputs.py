@@ -17,13 +17,15 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vit_dist.config import load_config
 
+pytestmark = pytest.mark.launch
+
 
 @pytest.fixture(params=["one", "torchrun"])
 def folder(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Path:
     return runs[request.param]
 
 
-def test_the_files_are_there_and_no_other(folder: Path) -> None:
+def test_finished_run_leaves_these_files_and_no_other(folder: Path) -> None:
     left = {path.name for path in folder.iterdir()}
     assert left == {
         "config.yaml", "classes.json", "run.json", "metrics.jsonl", "all_results.json", "predictions.parquet",
@@ -36,7 +38,7 @@ def test_the_files_are_there_and_no_other(folder: Path) -> None:
     assert list((folder / "logs").glob("events.out.tfevents*"))
 
 
-def test_best_loads_with_plain_transformers_and_gives_the_predictions(folder: Path, photos: Path) -> None:
+def test_best_model_loads_with_transformers_and_gives_the_predictions(folder: Path, photos: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(folder / "best").eval()
     processor = AutoImageProcessor.from_pretrained(folder / "best", backend="pil")
     table = pq.read_table(folder / "predictions.parquet").to_pylist()
@@ -51,7 +53,7 @@ def test_best_loads_with_plain_transformers_and_gives_the_predictions(folder: Pa
     assert np.mean([row["correct"] for row in table]) == pytest.approx(results(folder)["test_accuracy"])
 
 
-def test_the_class_list_is_one_everywhere(folder: Path) -> None:
+def test_class_list_is_the_same_in_every_file(folder: Path) -> None:
     saved = json.loads((folder / "classes.json").read_text())
     assert saved["classes"] == list(CLASSES)
     config = AutoModelForImageClassification.from_pretrained(folder / "best").config
@@ -59,7 +61,7 @@ def test_the_class_list_is_one_everywhere(folder: Path) -> None:
     assert json.loads((folder / "run.json").read_text())["data"]["classes"] == saved["sha256"]
 
 
-def test_results_have_upstreams_names(folder: Path) -> None:
+def test_results_have_the_names_of_transformers(folder: Path) -> None:
     found = results(folder)
     assert {
         "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_accuracy",
@@ -71,13 +73,13 @@ def test_results_have_upstreams_names(folder: Path) -> None:
     assert sum(row["support"] for row in found["test_per_class"].values()) == found["test_samples"] == 11
 
 
-def test_the_result_is_that_of_the_best_step(folder: Path) -> None:
+def test_results_are_those_of_the_best_step(folder: Path) -> None:
     found = results(folder)
     curve = {row["step"]: row["eval_accuracy"] for row in rows(folder) if "eval_accuracy" in row}
     assert found["eval_accuracy"] == max(curve.values()) == curve[found["best_step"]]
 
 
-def test_metrics_are_one_json_object_a_line_in_order(folder: Path) -> None:
+def test_metrics_have_one_json_object_a_line_in_order(folder: Path) -> None:
     found = rows(folder)
     steps = [row["step"] for row in found if "loss" in row]
     assert steps == list(range(1, STEPS + 1))
@@ -86,18 +88,18 @@ def test_metrics_are_one_json_object_a_line_in_order(folder: Path) -> None:
     assert [row["step"] for row in found if "test_accuracy" in row] == [STEPS]
 
 
-def test_the_resolved_settings_ask_for_the_same_run(folder: Path) -> None:
+def test_saved_settings_ask_for_the_same_run(folder: Path) -> None:
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert load_config([str(folder / "config.yaml")]).resolved() == saved
     assert saved["max_steps"] == STEPS and saved["random_resized_crop"] is True
 
 
-def test_status_is_complete(folder: Path) -> None:
+def test_status_of_a_finished_run_is_complete(folder: Path) -> None:
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["step"]) == ("complete", STEPS)
 
 
-def test_the_model_card_has_data_recipe_results_and_usage(folder: Path) -> None:
+def test_model_card_has_data_recipe_results_and_usage(folder: Path) -> None:
     card = ModelCard.load(folder / "best" / "README.md")
     found = results(folder)
     accuracies = {result.dataset_split: result.metric_value for result in card.data.eval_results}
@@ -112,7 +114,7 @@ def test_the_model_card_has_data_recipe_results_and_usage(folder: Path) -> None:
         assert text in card.text, text
 
 
-def test_rank_0_says_the_plan_and_others_are_silent(runs: dict[str, Path]) -> None:
+def test_plan_is_printed_by_rank_0_only(runs: dict[str, Path]) -> None:
     for name, (_, processes, per_device, accumulation) in TOPOLOGIES.items():
         said = (runs[name].parent / f"{name}.log").read_text()
         devices = f"{processes} device{'s' if processes > 1 else ''}"

@@ -61,7 +61,7 @@ def test_streamed_bytes_are_pillows_to_a_level(side: int, resample: int, size: t
         assert np.abs(made.astype(int) - expected).max() <= (resample == Image.Resampling.BILINEAR)
 
 
-def test_a_processor_that_does_something_else_is_not_imitated() -> None:
+def test_processor_with_unknown_steps_is_not_imitated() -> None:
     assert Pixels.of(ViTImageProcessorPil(size={"height": 32, "width": 24})) is None
     assert Pixels.of(ViTImageProcessorPil(size={"shortest_edge": 32})) is None
     lies = processor(32)
@@ -75,7 +75,7 @@ def digits():
     return build_data(options, ModelOptions(model="tiny"), 0, lambda title: lambda done, total: None)
 
 
-def test_all_sources_make_the_same_batches(digits) -> None:
+def test_image_sources_make_the_same_batches(digits) -> None:
     """Whatever else is in the batch; bytes go through the loader as they are."""
     keys = [60 * 3 + 7, 60 * 3 + 1, 60 * 3 + 59]
     expected = digits.train.__getitems__(keys)
@@ -133,13 +133,13 @@ def test_streamed_photos_are_decoded_no_larger_than_their_crops_need(camera, mon
     assert placed.validation.decoded(0).size in ((51, 38), (38, 51))
 
 
-def test_on_a_cpu_the_processor_is_the_default(digits) -> None:
+def test_image_source_on_cpu_is_the_processor(digits) -> None:
     placed, pixels, chosen = place_images(digits, "auto", CPU, 0)
     assert pixels is None and chosen == "processor" and placed.train is digits.train
     assert placed.description == [*digits.description, "images made by the model's image processor"]
 
 
-def test_what_cannot_be_resident_is_told(photos: Path, digits) -> None:
+def test_images_that_cannot_be_resident_are_refused(photos: Path, digits) -> None:
     options = DataOptions(data=str(photos))
     data = build_data(options, ModelOptions(model="tiny"), 0, lambda title: lambda done, total: None)
     with pytest.raises(UserError, match="image_source=resident: images of several sizes; use stream or cache"):

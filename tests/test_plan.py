@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import results, run
+from conftest import results
+from lab import fork
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -40,7 +41,7 @@ def big_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def test_the_arithmetic_is_that_of_the_run(
+def test_plan_arithmetic_equals_the_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path, checkpoint: Path
 ) -> None:
     flags = ["--data", photos, "--model", checkpoint, "--output_dir", tmp_path / "run", "--num_train_epochs", 2,
@@ -50,7 +51,7 @@ def test_the_arithmetic_is_that_of_the_run(
     assert found["batch"] == {"per_device": 4, "world_size": 2, "accumulation": 1, "note": "", "global": 8}
     assert found["steps"] == {"epoch": 5, "all": 10, "warmup": 0}
     assert found["learning_rate"]["actual"] == pytest.approx(2 * found["learning_rate"]["recipe"])
-    done = run(*flags)
+    done = fork(*flags)
     assert "8 = 4 per device x 1 device x 2 accumulation" in done.stdout
     assert f"{found['learning_rate']['actual']:g} = " in done.stdout and "sqrt, from a batch of 2" in done.stdout
     assert results(tmp_path / "run")["train_steps"] == 10
@@ -65,7 +66,7 @@ def test_the_arithmetic_is_that_of_the_run(
     assert again["time"]["limit"] == 1
 
 
-def test_auto_is_ddp_for_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_chooses_ddp_for_a_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "digits", "--gpus", 8, "--nodes", 2, "--gpu", "h100")
     assert (found["strategy"], found["fits"]) == ("ddp", True)
     assert "nothing has to be sharded" in found["why"]
@@ -84,7 +85,7 @@ def test_auto_is_ddp_for_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", 1, "--gpu_memory", 30], "zero3_offload"),
     ],
 )
-def test_auto_shards_no_more_than_it_must(
+def test_plan_shards_no_more_than_needed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path, flags: list[Any], strategy: str
 ) -> None:
     model = big_checkpoint(tmp_path / "big")
@@ -93,7 +94,7 @@ def test_auto_shards_no_more_than_it_must(
     assert found["parameters"]["all"] == pytest.approx(2.0e9, rel=0.05)
 
 
-def test_a_link_says_how_long_a_step_sends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_with_a_link_has_the_time_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["digits", "--gpus", "8", "--link", "ib400"]) == 0
     parameters = 148_170
     milliseconds = 2 * 7 / 8 * 4 * parameters / 50e9 * 1e3
@@ -115,7 +116,7 @@ def bench_file(folder: Path, model: Path | None = None, **changed: Any) -> Path:
     return path
 
 
-def test_a_measured_step_and_a_link_say_how_well_it_scales(
+def test_plan_with_a_measured_step_and_a_link_has_the_efficiency(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path
 ) -> None:
     model = big_checkpoint(tmp_path / "big")
@@ -160,7 +161,7 @@ def test_hsdp_uses_the_link_within_a_node(capsys: pytest.CaptureFixture[str], tm
     assert low["hsdp"][1] == pytest.approx(0.05 / (0.05 + seconds), rel=0.05), "eight rings share a node's network"
 
 
-def test_what_is_faster_over_a_slow_link_is_said(
+def test_plan_over_a_slow_link_names_the_faster_strategy(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path
 ) -> None:
     model = big_checkpoint(tmp_path / "big")
@@ -186,7 +187,7 @@ def test_what_is_faster_over_a_slow_link_is_said(
         (None, [], "No such file"),
     ],
 )  # fmt: skip
-def test_a_foreign_measurement_is_one_line(
+def test_plan_with_a_foreign_measurement_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, changed: Any, flags: list[str], told: str
 ) -> None:
     path = tmp_path / "bench.json"
@@ -206,11 +207,11 @@ def test_a_foreign_measurement_is_one_line(
         ("rtx4090", "NVIDIA GeForce RTX 4090"), ("t4", "Tesla T4"), ("l4", "NVIDIA L4"), (None, "cpu"),
     ],
 )  # fmt: skip
-def test_a_gpu_is_known_by_the_name_it_gives_itself(gpu: str | None, device: str) -> None:
+def test_gpu_is_known_by_its_device_name(gpu: str | None, device: str) -> None:
     Measured("f", device, "fp32", 1, 1.0, 1.0, 1.0, 1.0).check(precision="fp32", gflop_per_image=1.0, gpu=gpu)
 
 
-def test_what_does_not_fit_has_exit_code_1_and_advice(
+def test_plan_that_does_not_fit_exits_1_with_advice(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path
 ) -> None:
     model = big_checkpoint(tmp_path / "big")
@@ -276,7 +277,8 @@ def test_images_that_stay_on_the_gpu_take_memory(
     assert planned(capsys, *flags)["strategies"]["single"]["images"] == 0, "training finds it and names it"
 
 
-def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
+@pytest.mark.launch
+def test_plan_starts_no_processes_and_touches_no_gpu(tmp_path: Path) -> None:
     script = (
         "import sys, torch\nfrom vit_dist.verbs import plan\n"
         "code = plan.main(['digits', '--gpus', '4', '--gpu', 'h100', '--output_dir', sys.argv[1]])\n"
@@ -310,7 +312,7 @@ def test_it_starts_nothing_and_touches_no_gpu(tmp_path: Path) -> None:
         (["--learnin_rate", 1], "did you mean --learning_rate?"),
     ],
 )
-def test_a_wrong_command_is_one_line(capsys: pytest.CaptureFixture[str], flags: list[Any], told: str) -> None:
+def test_plan_with_wrong_flags_is_one_line(capsys: pytest.CaptureFixture[str], flags: list[Any], told: str) -> None:
     assert plan.main(["digits", *map(str, flags)]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and told in errors[0]

@@ -58,7 +58,7 @@ def save(trainer: ExactTrainer, model: Any, step: int) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_lost_on_resume(family: str, tmp_path: Path) -> None:
+def test_resumed_state_is_complete(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, _ = FAMILIES[family]()
     trainer = exact_trainer(model, tmp_path)
@@ -66,7 +66,7 @@ def test_nothing_is_lost_on_resume(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_best_model_is_loaded_whole(family: str, tmp_path: Path) -> None:
+def test_best_model_is_loaded_with_all_tensors(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, _ = FAMILIES[family]()
     trainer = exact_trainer(model, tmp_path)

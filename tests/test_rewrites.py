@@ -27,7 +27,7 @@ HOW = {"backend": "inductor" if shutil.which("g++") else "aot_eager"}
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_last_block_computes_the_class_token_alone(
+def test_last_block_computes_the_class_token_only(
     vit: ViTForImageClassification, images: torch.Tensor, attention: str, checkpointed: bool, tmp_path: Path
 ) -> None:
     """In float64, so that another function would show; a change of upstream's block would too."""
@@ -61,7 +61,7 @@ def test_models_that_read_other_tokens_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_patch_embedding_is_the_same_as_a_matrix_product(
+def test_patch_embedding_equals_a_matrix_product(
     vit: ViTForImageClassification, images: torch.Tensor, compiled: bool
 ) -> None:
     names, expected, logits = list(vit.state_dict()), gradients(vit, images), vit(images).logits
@@ -81,9 +81,7 @@ def test_convolutions_that_are_none_of_patches_are_left_alone() -> None:
         bf16_residual(model)
 
 
-def test_a_bf16_residual_is_narrow_between_blocks_and_nowhere_else(
-    vit: ViTForImageClassification, images: torch.Tensor
-) -> None:
+def test_bf16_residual_is_bf16_between_blocks_only(vit: ViTForImageClassification, images: torch.Tensor) -> None:
     original, seen = copy.deepcopy(vit), []
     bf16_residual(vit)
     for block in repeated_blocks(vit)[0]:

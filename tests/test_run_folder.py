@@ -58,14 +58,14 @@ def complete(folder: Path) -> None:
     run_folder.write_status(folder, "complete")
 
 
-def test_a_new_folder_is_a_first_attempt(tmp_path: Path) -> None:
+def test_new_folder_is_a_first_attempt(tmp_path: Path) -> None:
     attempt = begin(tmp_path / "run")
     assert (attempt.number, attempt.checkpoint, attempt.finished) == (1, None, None)
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "running"
     assert json.loads((tmp_path / "run/classes.json").read_text())["classes"] == ["a", "b"]
 
 
-def test_the_same_run_before_a_checkpoint_keeps_its_id_and_rows(tmp_path: Path) -> None:
+def test_same_run_before_a_checkpoint_keeps_its_id_and_rows(tmp_path: Path) -> None:
     first = begin(tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
     again = begin(tmp_path / "run")
@@ -85,7 +85,7 @@ def test_another_run_before_a_checkpoint_begins_anew(tmp_path: Path, change: str
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_the_newest_whole_checkpoint_is_taken_and_the_others_set_aside(tmp_path: Path) -> None:
+def test_newest_whole_checkpoint_is_taken_and_newer_ones_set_aside(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     for step in (9, 10, 20, 100):
         save_checkpoint(tmp_path / "run", step)
@@ -107,7 +107,7 @@ def test_without_a_whole_checkpoint_the_run_does_not_begin_anew_by_itself(tmp_pa
         inspect(config(tmp_path / "run"))
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_skipped(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     begin(tmp_path / "other")
     save_checkpoint(tmp_path / "run", 5)
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
         (["--seed", "1"], "seed 42 -> 1"),
     ],
 )
-def test_a_changed_setting_is_refused_with_a_diff(tmp_path: Path, flags: list[str], said: str) -> None:
+def test_changed_setting_is_refused_with_a_diff(tmp_path: Path, flags: list[str], said: str) -> None:
     begin(tmp_path / "run")
     save_checkpoint(tmp_path / "run", 5)
     with pytest.raises(UserError, match="other settings") as caught:
@@ -142,7 +142,7 @@ def test_a_changed_setting_is_refused_with_a_diff(tmp_path: Path, flags: list[st
         ["--use_cpu"],
     ],
 )
-def test_what_does_not_change_the_result_may_change(tmp_path: Path, flags: list[str]) -> None:
+def test_settings_that_do_not_change_the_result_may_change(tmp_path: Path, flags: list[str]) -> None:
     begin(tmp_path / "run")
     save_checkpoint(tmp_path / "run", 5)
     assert inspect(config(tmp_path / "run", *flags)).checkpoint
@@ -165,7 +165,7 @@ def test_other_data_or_batch_is_refused_on_resume(tmp_path: Path, facts: dict[st
     begin(tmp_path / "run", world_size=4)
 
 
-def test_a_finished_run_has_nothing_to_do_and_fresh_moves_it_aside(tmp_path: Path) -> None:
+def test_finished_run_has_nothing_to_do_and_fresh_moves_it_aside(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     begin(folder)
     complete(folder)
@@ -204,7 +204,7 @@ def test_another_runs_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     assert begin(tmp_path / "run", "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-5")).checkpoint
 
 
-def test_a_file_or_someone_elses_folder_is_refused(tmp_path: Path) -> None:
+def test_output_dir_that_is_a_file_or_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         inspect(config(tmp_path / "file"))
@@ -212,7 +212,7 @@ def test_a_file_or_someone_elses_folder_is_refused(tmp_path: Path) -> None:
         inspect(config(tmp_path))
 
 
-def test_a_failure_is_recorded_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_record_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOUD_API_KEY", "c0ffee-c0ffee")
     begin(tmp_path / "run")
     whereabouts = lambda: {"step": 3, "committed": 2, "last_images": ["7 (cat/7.png)"]}  # noqa: E731
@@ -241,7 +241,7 @@ def test_out_of_memory_says_what_to_do(tmp_path: Path, error: BaseException) -> 
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
 
 
-def test_a_checkpoint_whose_best_model_is_gone_is_passed_over(tmp_path: Path) -> None:
+def test_checkpoint_without_its_best_model_is_skipped(tmp_path: Path) -> None:
     """The steps since are done again, rather than the best model lost."""
     begin(tmp_path / "run")
     for step, best in ((2, 2), (4, 4), (6, 4)):
@@ -262,9 +262,7 @@ def test_a_checkpoint_whose_best_model_is_gone_is_passed_over(tmp_path: Path) ->
         ("global_batch_size", [], {"global_batch_size": 128}),
     ],
 )
-def test_a_change_that_is_allowed_is_recorded(
-    tmp_path: Path, key: str, flags: list[str], facts: dict[str, Any]
-) -> None:
+def test_allowed_change_is_recorded(tmp_path: Path, key: str, flags: list[str], facts: dict[str, Any]) -> None:
     folder = tmp_path / "run"
     first = begin(folder)
     save_checkpoint(folder, 5)
@@ -280,7 +278,7 @@ def test_a_change_that_is_allowed_is_recorded(
     assert not begin(folder, *flags, **facts).changes[1:], "and it is not asked for again"
 
 
-def test_a_change_that_cannot_work_is_refused(tmp_path: Path) -> None:
+def test_allowed_change_that_cannot_work_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     begin(folder)
     save_checkpoint(folder, 5)
@@ -295,7 +293,7 @@ def test_a_change_that_cannot_work_is_refused(tmp_path: Path) -> None:
         begin(folder, *flags)
 
 
-def test_a_lost_record_costs_no_rows_and_no_checkpoint(tmp_path: Path) -> None:
+def test_lost_run_record_keeps_rows_and_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = begin(folder)
     save_checkpoint(folder, 5)
@@ -315,7 +313,7 @@ DAMAGES: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_record_lets_nothing_through(tmp_path: Path, damage: str) -> None:
+def test_damaged_run_record_still_refuses_other_settings(tmp_path: Path, damage: str) -> None:
     """Every checkpoint carries it."""
     folder = tmp_path / "run"
     first = begin(folder)
@@ -335,7 +333,7 @@ def test_a_damaged_record_lets_nothing_through(tmp_path: Path, damage: str) -> N
     assert (again.number, again.begins_at, again.wandb_id) == (2, 5, first.wandb_id)
 
 
-def test_a_record_that_is_nowhere_is_missed(tmp_path: Path) -> None:
+def test_run_without_any_record_is_refused(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     complete(tmp_path / "run")
     (tmp_path / "run/run.json").write_text("{}")
@@ -366,7 +364,7 @@ def test_killed_while_an_allowed_change_was_written(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("key", ["metric_for_best_model", "greater_is_better"])
-def test_what_was_best_cannot_be_judged_anew(tmp_path: Path, key: str) -> None:
+def test_metric_for_the_best_model_may_not_change(tmp_path: Path, key: str) -> None:
     begin(tmp_path / "run")
     save_checkpoint(tmp_path / "run", 5)
     value = {"metric_for_best_model": "loss", "greater_is_better": "false"}[key]
@@ -374,7 +372,7 @@ def test_what_was_best_cannot_be_judged_anew(tmp_path: Path, key: str) -> None:
         begin(tmp_path / "run", f"--{key}", value, "--allow_change", key)
 
 
-def test_a_best_model_matters_only_where_it_is_loaded(tmp_path: Path) -> None:
+def test_missing_best_model_is_ignored_where_none_is_loaded(tmp_path: Path) -> None:
     """What the trainer knows of the best step, without keeping it, is nothing to miss."""
     begin(tmp_path / "run", "--load_best_model_at_end", "false")
     checkpoint = save_checkpoint(tmp_path / "run", 6)
@@ -439,7 +437,7 @@ def test_fresh_moves_what_a_link_leads_to(tmp_path: Path) -> None:
     assert (tmp_path / "disk/run.previous/run.json").exists()
 
 
-def test_an_unknown_change_is_refused(tmp_path: Path) -> None:
+def test_unknown_allowed_change_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="allow_change learning_rat: no such setting; did you mean learning_rate"):
         config(tmp_path, "--allow_change", "learning_rat")
 
@@ -460,7 +458,7 @@ def test_attempts_without_progress_stop_at_three(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_folder_that_others_may_write_in_is_refused(tmp_path: Path, new: bool) -> None:
+def test_run_folder_that_others_may_write_is_refused(tmp_path: Path, new: bool) -> None:
     """Also at the first start, or all later ones would refuse."""
     if new:
         (tmp_path / "run").mkdir()

@@ -27,11 +27,11 @@ def steps(
 
 
 @pytest.mark.parametrize("topology", [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (2, 4, 1), (1, 8, 1)])
-def test_every_topology_trains_on_the_same_images_in_the_same_order(topology: tuple[int, int, int]) -> None:
+def test_topologies_train_on_the_same_images_in_the_same_order(topology: tuple[int, int, int]) -> None:
     assert steps(37, 2, *topology) == steps(37, 2, 8, 1, 1)
 
 
-def test_an_epoch_has_every_image_and_full_batches() -> None:
+def test_epoch_has_every_image_and_full_batches() -> None:
     epoch = steps(37, 1, 4, 2, 1)
     keys = np.concatenate(epoch)
     assert [len(step) for step in epoch] == [8] * 5

@@ -41,7 +41,7 @@ def test_limits(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_slower_link_more_devices_and_latency_cost(strategy: str) -> None:
+def test_scaling_is_worse_with_slower_links_more_devices_and_latency(strategy: str) -> None:
     for one, other in (
         ([predicted(strategy, speed=speed) for speed in (1e9, 1e10, 1e11, 1e12)], "link"),
         ([predicted(strategy, devices, speed=1e10) for devices in (64, 32, 16, 8, 4)], "devices"),
@@ -82,7 +82,7 @@ def test_bytes_sent() -> None:
     assert traffic(found("hsdp")) == pytest.approx(within + across)
 
 
-def test_what_can_be_hidden() -> None:
+def test_communication_is_hidden_behind_computation() -> None:
     step, link = Step(1.0, 2.0), Link(1.0)
     hidden = Send("all-reduce", 4.0, 10, 2, "backward", last_only=True)  # 4 s in ten parts
     assert bounds(step, [hidden], lambda _: link)[1] == pytest.approx(3 / (3 + 2)), "2 of 4 s behind the backward"
@@ -115,7 +115,7 @@ def test_bytes_copied() -> None:
     assert halved.copied == 24 * MODEL["trained"], "less is sent, more is copied"
 
 
-def test_a_second_ring_is_busy_at_once() -> None:
+def test_scaling_with_a_second_ring_starts_at_once() -> None:
     step = Step(1.0, 2.0)
     one = Send("reduce-scatter", 8.0, 10, 2, "backward")
     other = Send("all-reduce", 4.0, 10, 2, "backward", ring="replicas")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import run
+from lab import fork
 
 from vit_dist.errors import UserError
 from vit_dist.verbs import slurm
@@ -76,7 +76,7 @@ def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     return found
 
 
-def test_the_users_words_reach_sbatch_unchanged(login: Login) -> None:
+def test_words_of_the_user_reach_sbatch_unchanged(login: Login) -> None:
     words = ["digits", "--run_name", "it's 2 words; $HOME *", "--learning_rate=3e-5"]
     login.submit("-N", "4", "--gpus-per-node=8", "-J", "train", "train", *words, "--strategy", "fsdp2")
     script = str(ROOT / "slurm" / "train.sh")
@@ -92,7 +92,7 @@ def test_the_users_words_reach_sbatch_unchanged(login: Login) -> None:
     "options", ["", "-J train", "-Jtrain", "--job-name sweep -N4", "--exclusive --wait -H", "--exclusive=user -W -t 5",
                 "--no-container-mount-home --container-image img"],
 )  # fmt: skip
-def test_the_verb_is_found_behind_options(options: str) -> None:
+def test_verb_behind_options_of_sbatch_is_found(options: str) -> None:
     request = slurm.parse([*options.split(), "train", "digits", "--run_name", "doctor"])
     assert (request.verb, request.arguments) == ("train", ["digits", "--run_name", "doctor"])
     assert [word for option in request.options for word in option.words] == options.split()
@@ -111,12 +111,12 @@ def test_the_verb_is_found_behind_options(options: str) -> None:
         (["sweep", "a.yaml", "--throttle", "0"], "1 or more"),
     ],
 )
-def test_a_command_line_that_is_not_understood(words: list[str], message: str) -> None:
+def test_slurm_verb_with_unknown_words_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         slurm.parse(words)
 
 
-def test_what_a_job_would_stop_at_is_refused_here(login: Login) -> None:
+def test_slurm_verb_refuses_what_the_job_would(login: Login) -> None:
     assert "did you mean --learning_rate?" in login.error("train", "--learnin_rate", "1")
     assert "did you mean cifar10?" in login.error("train", "cifr10")
     assert "unknown --strategy fsdp; did you mean" in login.error("train", "--strategy", "fsdp")
@@ -140,7 +140,7 @@ def test_without_sbatch_it_can_only_be_shown(login: Login, monkeypatch: pytest.M
     assert "command" in login.shown("train")
 
 
-def test_a_strategy_whose_package_is_missing_here_is_remarked(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_verb_with_a_strategy_without_its_package_warns(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "deepspeed" else find(name, *at))
     login.submit("-t", "5", "train", "--strategy", "zero2")
@@ -159,7 +159,7 @@ def test_printing_starts_nothing_and_can_be_pasted(login: Login) -> None:
     assert login.submit("--print", *words) == printed, "also before the verb"
 
 
-def test_the_resources_are_those_of_script_environment_and_command_line(
+def test_slurm_verb_shows_resources_of_script_environment_and_command_line(
     login: Login, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = login.shown("train")
@@ -177,7 +177,7 @@ def test_the_resources_are_those_of_script_environment_and_command_line(
     assert "requeue" not in rows and "gpus-per-node" not in rows
 
 
-def test_the_interpreter_is_left_to_an_image_or_to_the_user(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_of_an_image_or_of_the_user_is_kept(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
     assert login.shown("train")["command"][:2] == ["env", f"PYTHON={sys.executable}"]
     assert login.shown("--container-image", "img", "train")["command"][0] == "sbatch"
     monkeypatch.setenv("PYTHON", "/opt/python")
@@ -197,8 +197,8 @@ def test_paths_are_those_of_the_folder_that_the_job_runs_in(login: Login) -> Non
     assert "--chdir: " in login.error("--chdir=nowhere", "train")
 
 
-def test_a_run_with_other_settings_is_refused_here(login: Login) -> None:
-    run("digits", "--max_steps", 1, "--report_to", "none", "--output_dir", login.folder / "begun")
+def test_slurm_verb_for_a_run_with_other_settings_is_refused(login: Login) -> None:
+    fork("digits", "--max_steps", 1, "--report_to", "none", "--output_dir", login.folder / "begun")
     assert "holds a run with other settings: max_steps 1 -> 2" in login.error(
         "train", "digits", "--max_steps", "2", "--report_to", "none", "--output_dir", "begun"
     )
@@ -206,7 +206,7 @@ def test_a_run_with_other_settings_is_refused_here(login: Login) -> None:
         login.submit("train", "digits", "--max_steps", "2", "--report_to", "none", "--output_dir", "begun", *more)
 
 
-def test_a_submitted_job_can_be_followed_and_stopped(login: Login) -> None:
+def test_slurm_verb_prints_how_to_follow_and_stop_the_job(login: Login) -> None:
     told = login.submit("train")
     for part in ("job 7", "tail -F vit_dist-7.log", "scancel 7", "scancel --batch --signal=USR1 7"):
         assert part in told
@@ -219,13 +219,13 @@ def test_a_submitted_job_can_be_followed_and_stopped(login: Login) -> None:
     assert "tail -F 'a b/7_'*.log\n" in told, "all members of an array"
 
 
-def test_what_sbatch_refuses_it_says_itself(login: Login) -> None:
+def test_refusal_of_sbatch_is_printed_unchanged(login: Login) -> None:
     login.program(REFUSES)
     assert slurm.main(["-t", "5", "-p", "nope", "train"]) == 1
     assert login.capfd.readouterr() == ("", "sbatch: error: invalid partition specified: nope\n")
 
 
-def test_a_sweep_is_an_array(login: Login) -> None:
+def test_slurm_verb_submits_a_sweep_as_an_array(login: Login) -> None:
     file = str(ROOT / "configs" / "sweeps" / "lr.yaml")
     script = str(ROOT / "slurm" / "sweep.sh")
     login.submit("-t", "5", "sweep", file, "--throttle", "4", "--strategy", "ddp", "--bf16", "false")
@@ -241,7 +241,7 @@ def test_a_sweep_is_an_array(login: Login) -> None:
     assert "alone" in login.error("--array=0-3", "sweep", file, "--throttle", "2")
 
 
-def test_an_installed_package_has_the_scripts(tmp_path: Path) -> None:
+def test_wheel_has_the_scripts(tmp_path: Path) -> None:
     """A wheel, without the checkout: the scripts are there, executable, and find each other."""
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)

@@ -146,7 +146,7 @@ def test_splits_by_name(load, tmp_path):
     assert "already has another role" in error(load, root, train_split="fit", validation_split="fit")
 
 
-def test_a_class_may_be_called_train(load, tmp_path):
+def test_class_folder_called_train_is_a_class(load, tmp_path):
     source = load(image_folder(tmp_path / "vehicles", {"train": 2, "car": 2}))
     assert sorted(set(source.tables["train"]["label"])) == ["car", "train"]
 
@@ -206,7 +206,7 @@ def test_home_and_relative_paths(load, tmp_path, monkeypatch):
         assert load(data).tables["train"][0]["image"]["path"] == str(root / "a" / "0.png")
 
 
-def test_the_default_cache_is_hugging_faces(tmp_path, monkeypatch):
+def test_default_cache_is_that_of_hugging_face(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path / "hf")
     load_source(DataOptions(data=str(image_folder(tmp_path / "photos", {"a": 1, "b": 1}))))
     assert list((tmp_path / "hf" / "vit_dist").glob("index-*.parquet"))
@@ -224,7 +224,7 @@ def scans(monkeypatch):
     return calls
 
 
-def test_a_folder_is_listed_once_until_it_changes(tmp_path, scans):
+def test_folder_unchanged_is_listed_once(tmp_path, scans):
     root = image_folder(tmp_path / "photos", {"a": 2, "b/deep": 2})
     settle(root)
     for _ in range(3):
@@ -236,7 +236,7 @@ def test_a_folder_is_listed_once_until_it_changes(tmp_path, scans):
     assert folder_index(root, tmp_path).images == ["a/0.png", "a/1.png"] and len(scans) == 3
 
 
-def test_a_file_added_within_the_same_tick_of_the_clock_is_noticed(tmp_path, scans):
+def test_file_added_in_the_same_clock_tick_is_noticed(tmp_path, scans):
     root = image_folder(tmp_path / "photos", {"a": 2})
     folder_index(root, tmp_path)
     stat = os.stat(root / "a")
@@ -245,7 +245,7 @@ def test_a_file_added_within_the_same_tick_of_the_clock_is_noticed(tmp_path, sca
     assert len(folder_index(root, tmp_path).images) == 3 and len(scans) == 2
 
 
-def test_a_damaged_index_is_made_again(tmp_path, scans):
+def test_index_damaged_is_made_again(tmp_path, scans):
     root = image_folder(tmp_path / "photos", {"a": 2})
     settle(root)
     folder_index(root, tmp_path)
@@ -255,7 +255,7 @@ def test_a_damaged_index_is_made_again(tmp_path, scans):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_two_processes_list_a_folder_once(tmp_path):
+def test_folder_is_listed_once_by_two_processes(tmp_path):
     root = image_folder(tmp_path / "photos", {f"class{number}": 20 for number in range(20)})
     settle(root)
     code = (
@@ -280,7 +280,7 @@ def test_two_processes_list_a_folder_once(tmp_path):
     assert [stderr for _, stderr in outputs] == ["", ""]
 
 
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_cache_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--cache_dir"):
         load_source(options(image_folder(tmp_path / "photos", {"a": 1, "b": 1}), tmp_path / "file"))
@@ -312,7 +312,7 @@ def test_parquet_without_hub_metadata(load, tmp_path, image):
     assert source.names is None and pairs(source) == expected([2, 0])
 
 
-def test_a_folder_of_parquet_shards(load, tmp_path):
+def test_folder_of_parquet_shards_is_read(load, tmp_path):
     root = tmp_path / "clone"
     (root / "data").mkdir(parents=True)
     hub_table([0, 1]).to_parquet(root / "data" / "train-00000-of-00002.parquet")
@@ -339,7 +339,7 @@ def test_files_without_a_split_in_their_name_are_all_train(load, tmp_path):
     assert pairs(source) == expected([0, 2, 1, 2]) and pairs(source, "test") == expected([0])
 
 
-def test_a_split_that_is_not_used_is_not_read(load, tmp_path):
+def test_unused_split_is_not_read(load, tmp_path):
     hub_table([0, 1]).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "test.parquet").write_bytes(b"broken")
     assert "test.parquet" in error(load, tmp_path)
@@ -546,7 +546,7 @@ NO_NETWORK = (
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_an_unreachable_hub_is_one_error_within_seconds(tmp_path, offline):
+def test_unreachable_hub_is_one_line_within_seconds(tmp_path, offline):
     env = {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path)}
     run = run_python(NO_NETWORK, data_options=options("someone/flowers", tmp_path), env=env)
     output, errors = run.communicate(timeout=100)
@@ -557,7 +557,7 @@ def test_an_unreachable_hub_is_one_error_within_seconds(tmp_path, offline):
     assert message.count("\n") == 1
 
 
-def test_a_hub_data_set_in_the_cache_needs_no_network(tmp_path):
+def test_hub_data_set_in_the_cache_needs_no_network(tmp_path):
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     hub_table([0, 1, 2]).to_parquet(tmp_path / "rows.parquet")

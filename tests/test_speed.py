@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rows, run
+from conftest import rows
+from lab import fork
 
 from vit_dist import clock
 from vit_dist.callbacks import communication
@@ -46,7 +47,7 @@ def logged(one: Speed) -> dict[str, Any]:
     return logs
 
 
-def test_a_row_has_the_rate_its_share_of_the_peak_and_the_waits(now: list[float]) -> None:
+def test_row_has_rate_mfu_and_waits(now: list[float]) -> None:
     time = clock.Clock(torch.device("cpu"))
     one = speed(time, devices=2, flop=1e9, peak=80e9)
     train(one, now, steps=1, seconds=50)  # compiles
@@ -65,7 +66,7 @@ def test_a_row_has_the_rate_its_share_of_the_peak_and_the_waits(now: list[float]
     assert evaluation == {"eval_loss": 1.0}
 
 
-def test_one_word_of_advice_for_what_starves(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_advice_for_a_starved_run_is_printed_once(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
     time = clock.Clock(torch.device("cpu"))
     one = speed(time)
     logging.getLogger("vit_dist").propagate = True
@@ -80,7 +81,7 @@ def test_one_word_of_advice_for_what_starves(now: list[float], caplog: pytest.Lo
     ]
 
 
-def test_one_slow_row_is_no_reason_for_advice(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_advice_after_one_slow_row_is_not_printed(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
     time = clock.Clock(torch.device("cpu"))
     one = speed(time)
     logging.getLogger("vit_dist").propagate = True
@@ -106,7 +107,7 @@ def test_communication_is_what_is_not_covered_by_computing() -> None:
     assert alone([*computing, *sent, late], False) == pytest.approx(0.4), "two at once count once"
 
 
-def test_on_a_gpu_kernels_count_and_not_what_the_host_does() -> None:
+def test_trace_of_a_gpu_counts_kernels_only() -> None:
     host = [event("aten::mm", 0, 500), event("gloo:all_reduce", 0, 400, tid=2), {"ph": "i", "name": "x", "ts": 3}]
     kernels = [
         event("sm90_xmma_gemm", 100, 150, 7, "kernel"), event("Memcpy HtoD", 190, 200, 9, "gpu_memcpy"),
@@ -118,7 +119,7 @@ def test_on_a_gpu_kernels_count_and_not_what_the_host_does() -> None:
         alone(host, True)
 
 
-def test_an_operator_that_calls_a_collective_does_not_compute_meanwhile() -> None:
+def test_operator_around_a_collective_counts_as_waiting() -> None:
     norm = [event("aten::linalg_vector_norm", 40, 100), event("_c10d_functional::wait_tensor", 45, 100)]
     assert alone([event("aten::mm", 0, 40), *norm, event("gloo:all_reduce", 45, 99, tid=2)], False) == 0.54
 
@@ -162,7 +163,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, steps: int, fails: str = "", **facts
     return one
 
 
-def test_a_trace_is_made_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_communication_trace_is_made_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     one = traced(monkeypatch, 2)
     assert Trace.made == 0 and one.waited(10.0, 2) is None
     assert traced(monkeypatch, 3).waited(10.0, 3) == pytest.approx(2.5)
@@ -173,7 +174,7 @@ def test_a_trace_is_made_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fails", ["start", "stop", "write"])
-def test_a_trace_that_fails_costs_the_figure_only(
+def test_communication_trace_that_fails_loses_only_its_figure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
 ) -> None:
     logging.getLogger("vit_dist").propagate = True
@@ -207,7 +208,7 @@ def test_batches_are_waited_for(now: list[float]) -> None:
     assert time.read() == (9.0, {"data": 6.0})
 
 
-def test_nothing_grows_where_nobody_reads(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_without_reader_does_not_grow(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a mark of a GPU wait for it: events are made up, of which the device has not passed the last three."""
 
     made: list[Event] = []
@@ -243,14 +244,14 @@ def test_nothing_grows_where_nobody_reads(now: list[float], monkeypatch: pytest.
 def two(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speed") / "run"
     more = ["--max_steps", 14, "--logging_steps", 3, "--save_steps", 4, "--profile", 3, "--measure_peak", "true"]
-    run(
+    fork(
         "digits", "--model", checkpoint, *FEW, *more, "--per_device_train_batch_size", 4, "--output_dir", folder,
-        launcher="torchrun", processes=2, OMP_NUM_THREADS="1",
+        processes=2,
     )  # fmt: skip
     return folder
 
 
-def test_two_processes_say_what_they_wait_for(two: Path) -> None:
+def test_rows_of_two_processes_have_their_waits(two: Path) -> None:
     found = [row for row in rows(two) if "loss" in row]
     assert [row["step"] for row in found] == [3, 6, 9, 12, 14]
     for row in found:
@@ -261,20 +262,20 @@ def test_two_processes_say_what_they_wait_for(two: Path) -> None:
     assert any(row["checkpoint_wait"] for row in found)
 
 
-def test_each_process_has_a_trace_of_as_many_steps_as_asked(two: Path) -> None:
+def test_profile_has_a_trace_of_the_steps_for_each_process(two: Path) -> None:
     for rank in range(2):
         with gzip.open(two / f"profile/rank{rank}.json.gz") as file:
             events = json.load(file)["traceEvents"]
         assert sum(event["name"].startswith("Optimizer.step#") for event in events) == 3
 
 
-def test_a_checkpoint_does_not_know_how_fast_it_was_made(two: Path) -> None:
+def test_checkpoint_has_no_rates(two: Path) -> None:
     state = json.loads((next(store.checkpoints(two)) / "trainer_state.json").read_text())
     assert state["log_history"] and not any("images_per_second" in row for row in state["log_history"])
 
 
-def test_a_run_too_short_for_a_profile_says_so(checkpoint: Path, tmp_path: Path) -> None:
-    done = run(
+def test_profile_of_a_short_run_is_refused_with_a_note(checkpoint: Path, tmp_path: Path) -> None:
+    done = fork(
         "digits", "--model", checkpoint, *FEW, "--max_steps", 3, "--profile", 2, "--output_dir", tmp_path / "run"
     )
     assert "the profile is not made: it begins after 5 steps, and 3 are left to train" in done.stdout + done.stderr

@@ -75,7 +75,7 @@ def test_splits_that_declare_another_order_are_matched_by_name():
     assert list(encode_labels(validation, ["zebra", "ant"], "validation")["label"]) == [1, 0, 0]
 
 
-def test_a_split_may_lack_classes_and_keeps_the_indices_of_train():
+def test_split_without_some_classes_keeps_the_indices_of_train():
     assert list(encode_labels(table(["b", "c"]), ["a", "b", "c"], "validation")["label"]) == [1, 2]
 
 
@@ -93,7 +93,7 @@ def test_bad_labels_are_refused_with_an_example():
     refused([0, 0], "1 class", names=["a", "b"])
 
 
-def test_a_label_beyond_the_declared_names_is_refused():
+def test_label_beyond_the_declared_names_is_refused():
     rows = table([0, 1, 2], label=datasets.Value("int64"))
     features = rows.features.copy()
     features["label"] = datasets.ClassLabel(names=["a", "b"])
@@ -102,13 +102,13 @@ def test_a_label_beyond_the_declared_names_is_refused():
         class_list(rows, ["a", "b"])
 
 
-def test_an_unknown_class_names_split_class_and_image():
+def test_class_absent_from_train_names_split_class_and_image():
     with pytest.raises(UserError, match=r"validation has a class .*'d', for example rows#1"):
         encode_labels(table(["b", "d"]), ["a", "b", "c"], "validation")
 
 
 @pytest.mark.parametrize("labels", [[-1, -1, -1], [None, None]])
-def test_a_split_without_labels(labels):
+def test_split_without_labels_is_refused(labels):
     with pytest.raises(UserError, match=r"not labelled.*--test_split none"):
         encode_labels(table(labels, label=datasets.Value("int64")), ["0", "1"], "test")
 
@@ -140,12 +140,12 @@ def test_small_classes_share_what_is_held_out():
     assert np.bincount(train["label"]).min() >= 2
 
 
-def test_every_class_keeps_an_image_to_train_on():
+def test_split_leaves_every_class_an_image_to_train_on():
     train, validation, _ = hold_out(table([0, 0, 1, 1, 2]), 0.9, seed=0)
     assert sorted(train["label"]) == [0, 1, 2] and sorted(validation["label"]) == [0, 1]
 
 
-def test_nothing_to_hold_out():
+def test_split_without_images_to_hold_out_is_refused():
     for labels, fraction in (([0, 1, 2], 0.5), ([0, 0, 1], 0.1)):
         with pytest.raises(UserError, match="--train_val_split"):
             hold_out(table(labels), fraction, seed=0)
@@ -169,7 +169,7 @@ def test_limit_draws_by_class_and_keeps_the_order():
             limit(rows, value, seed=0, flag="max_eval_samples")
 
 
-def test_a_fingerprint_does_not_depend_on_where_the_files_lie(tmp_path):
+def test_fingerprint_of_moved_files_is_the_same(tmp_path):
     prints = []
     for name in ("one", "two"):
         root = image_folder(tmp_path / name, {"cat": 3, "dog": 3})
@@ -186,7 +186,7 @@ def test_a_fingerprint_does_not_depend_on_where_the_files_lie(tmp_path):
     assert table_fingerprint(rows) != prints[0]
 
 
-def test_a_fingerprint_sees_embedded_content_and_labels():
+def test_fingerprint_changes_with_embedded_content_and_labels():
     rows = table([0, 1, 0])
     same = rows.to_list()
     other = [dict(row) for row in same]
@@ -203,7 +203,7 @@ def test_a_fingerprint_sees_embedded_content_and_labels():
     assert table_fingerprint(parts) == table_fingerprint(rows)
 
 
-def test_the_hash_of_classes_sees_their_order():
+def test_hash_of_classes_changes_with_their_order():
     assert classes_hash(["a", "b"]) == classes_hash(["a", "b"]) != classes_hash(["b", "a"])
     assert classes_hash(["a,b"]) != classes_hash(["a", "b"])
 

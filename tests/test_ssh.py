@@ -25,9 +25,7 @@ SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbi
 SIGNALS_HEARD = ("env", "--default-signal=INT,QUIT,USR1,USR2,HUP")  # whatever started the tests may ignore them
 SECRET = "0123456789abcdef-a-key-of-a-user"
 
-pytestmark = pytest.mark.skipif(
-    SSHD is None and not os.environ.get("REQUIRE_SSH"), reason="there is no sshd (Debian: apt install openssh-server)"
-)
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 # In place of the interpreter on the hosts, where a test is about processes and not about training: the checks of the
 # launcher are real, and what it then starts runs the last argument. `rank` is the node's.
@@ -59,7 +57,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The ssh configuration for two hosts, `a` and `b`, and one that is `gone`."""
-    assert SSHD, "REQUIRE_SSH is set, and there is no sshd"
+    assert SSHD, "there is no sshd (Debian: apt install openssh-server)"
     root = tmp_path_factory.mktemp("sshd")
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it
@@ -152,7 +150,7 @@ def cluster(hosts: Path, tmp_path: Path) -> Iterator[Cluster]:
         process.kill()
 
 
-def test_what_is_not_ready_is_told_in_seconds_by_host_and_nothing_starts(cluster: Cluster, tmp_path: Path) -> None:
+def test_ssh_host_that_is_not_ready_is_named_and_nothing_starts(cluster: Cluster, tmp_path: Path) -> None:
     begun = time.monotonic()
     code, output, errors = cluster.run("a,gone,b", "ddp", "--output_dir", "run")
     assert (code, output) == (2, "") and time.monotonic() - begun < 15
@@ -165,7 +163,7 @@ def test_what_is_not_ready_is_told_in_seconds_by_host_and_nothing_starts(cluster
     assert not list(cluster.folder.glob("run*"))
 
 
-def test_a_folder_that_only_this_host_has(cluster: Cluster) -> None:
+def test_ssh_with_a_folder_missing_on_the_host_is_refused(cluster: Cluster) -> None:
     here = cluster.folder / "removed"
     here.mkdir()
     process = subprocess.Popen(
@@ -192,7 +190,7 @@ def test_hosts_that_cannot_be_are_one_line(cluster: Cluster, listed: str, messag
     assert "'slots=8' in hosts is no host" in cluster.run("hosts", "ddp")[2]
 
 
-def test_the_commands_are_shown_without_secrets(cluster: Cluster) -> None:
+def test_ssh_dry_run_shows_commands_without_secrets(cluster: Cluster) -> None:
     (cluster.folder / "hosts").write_text("root@a  # the first\n\nb\n")
     code, output, errors = cluster.run(
         "hosts", "fsdp2", "--run_name", "it's", DRY_RUN="1", WANDB_API_KEY=SECRET, HF_TOKEN=SECRET, NCCL_DEBUG="INFO"
@@ -230,14 +228,14 @@ for commands in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     assert "SHOWN" not in output
 
 
-def test_one_host_is_a_cluster_too_and_its_exit_code_is_the_result(cluster: Cluster) -> None:
+def test_ssh_with_one_host_returns_its_exit_code(cluster: Cluster) -> None:
     process = cluster.code("print('alone', os.environ['NNODES']); sys.exit(9)", hosts="b")
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output.splitlines()[-1]) == (9, "alone 1"), "no name before the only host's lines"
     assert errors == "error: b failed first, with exit code 9; the others were ended\n"
 
 
-def test_the_others_are_ended_when_one_fails_and_may_save_first(cluster: Cluster) -> None:
+def test_ssh_host_that_fails_ends_the_others_after_they_save(cluster: Cluster) -> None:
     process = cluster.code("""
 if rank == 1:
     wait_for("ready")
@@ -258,7 +256,7 @@ while True:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_reaches_the_process_of_each_host_once(cluster: Cluster, name: str) -> None:
+def test_ssh_passes_a_signal_to_each_host_once(cluster: Cluster, name: str) -> None:
     """Sent to the group, as a terminal does."""
     process = cluster.code("""
 def heard(number, _):
@@ -283,7 +281,7 @@ while True:
     assert errors.startswith(f"note: stopped by {name};")
 
 
-def test_what_neither_stops_nor_stays_in_its_session_is_killed_after_the_grace_time(cluster: Cluster) -> None:
+def test_ssh_processes_that_do_not_stop_are_killed_after_the_grace_time(cluster: Cluster) -> None:
     process = cluster.code(
         """
 if rank == 0:
@@ -303,7 +301,7 @@ time.sleep(600)
     cluster.gone(5)
 
 
-def test_a_lost_connection_is_named_and_its_host_saves_though_nobody_reads_what_it_says(cluster: Cluster) -> None:
+def test_ssh_connection_lost_is_named_and_its_host_saves(cluster: Cluster) -> None:
     process = cluster.code("""
 def save(*_):
     for line in range(100000):
@@ -325,7 +323,7 @@ while True:
     assert (cluster.folder / "saved0").exists() and (cluster.folder / "saved1").exists()
 
 
-def test_two_hosts_train_one_model_over_a_signal_and_a_killed_launcher(
+def test_ssh_hosts_train_one_model_over_a_signal_and_a_killed_launcher(
     cluster: Cluster, photos: Path, checkpoint: Path
 ) -> None:
     folder = cluster.folder / "runs" / "a run"

@@ -1,7 +1,8 @@
 """One training problem under every strategy: the same curve, exact metrics, exact resumption, one export.
 
-Every strategy is launched for real once for all tests; what goes on from there is forked (see lab.py). A run is cut by
-hand where a kill right after a checkpoint would leave it; real kills are in test_resume.py, in faults/ and at the end.
+DDP, ZeRO-2, FSDP2 and HSDP are started by the real launcher once for all tests. Everything else is forked (see lab.py),
+with what the launcher tells the processes of a strategy. A run is cut by hand where a kill right after a checkpoint
+would leave it; real kills are in faults/ and at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import psutil
 import pytest
 import torch
 from conftest import CONFIGS, command, losses, results, rows, run, write_photos
-from lab import Job
+from lab import Job, fork, launch_environment
 from lab import Lab as Forks
+from observed_train import observe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -47,15 +49,13 @@ ARGS = [
 HSDP = ["--use_fsdp", "--fsdp_version", 2, "--use_parallelism_config", "--parallelism_config_dp_replicate_size", 2,
         "--parallelism_config_dp_shard_size", 2]  # fmt: skip
 
-without_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None and "REQUIRE_DEEPSPEED" not in os.environ, reason="DeepSpeed is not installed"
-)
+LAUNCHED = ("ddp", "zero2", "fsdp2", "hsdp")
 
 
-def needing(cases: Sequence[Any]) -> list[Any]:
-    """Cases (a strategy, or a tuple that begins with one), of which those of ZeRO need DeepSpeed."""
-    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*case, marks=[without_deepspeed] if case[0].startswith("zero") else []) for case in cases]
+def cases(found: Sequence[Any]) -> list[Any]:
+    """Cases (a strategy, or a tuple that begins with one); those whose run has a launcher are marked."""
+    tuples = [case if isinstance(case, tuple) else (case,) for case in found]
+    return [pytest.param(*case, marks=[pytest.mark.launch] if case[0] in LAUNCHED else []) for case in tuples]
 
 
 def processes(strategy: str) -> int:
@@ -86,16 +86,16 @@ class Lab:
         )
 
     def whole(self, strategy: str, accumulation: int = 1) -> Path:
-        """A run from start to end; with one micro-batch to a step it is launched and observed (observed_train.py)."""
+        """A run from start to end, which is observed (observed_train.py)."""
         folder = self.root / f"{strategy}_{accumulation}"
         if folder.exists():
             return folder
         split = ["--per_device_train_batch_size", 8 // processes(strategy) // accumulation, "--global_batch_size", 8]
-        if accumulation > 1 or strategy == "fsdp2_full":
-            self.fork(folder.name, strategy, *split)
-            return folder
         seen = folder.with_suffix(".seen")
         seen.mkdir()
+        if accumulation > 1 or strategy not in LAUNCHED:
+            self.fork(folder.name, strategy, *split, patch=partial(observe, seen))
+            return folder
         self.launch(folder.name, strategy, *split, module="observed_train", OBSERVED=str(seen), PYTHONPATH=str(TESTS))
         return folder
 
@@ -136,8 +136,8 @@ def difference(one: Path, other: Path) -> float:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("strategy", needing(STRATEGIES[:-1]))
-def test_the_curve_is_that_of_one_process(
+@pytest.mark.parametrize("strategy", cases(STRATEGIES[:-1]))
+def test_strategy_has_the_curve_of_one_process(
     lab: Lab, strategy: str, accumulation: int, record_property: Callable[[str, object], None]
 ) -> None:
     one, other = losses(lab.whole("single")), losses(lab.whole(strategy, accumulation))
@@ -148,27 +148,28 @@ def test_the_curve_is_that_of_one_process(
     assert difference(lab.whole("single"), lab.whole(strategy, accumulation)) < 5e-4
 
 
-@pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))
-def test_rows_say_what_is_waited_for_in_communication(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+def test_rows_of_a_strategy_have_its_communication_wait(lab: Lab, strategy: str) -> None:
     """DDP: by PyTorch's record; ZeRO and FSDP: by a trace, which also shows that upstream names things as before."""
     found = [row["communication_wait"] for row in rows(lab.whole(strategy)) if "loss" in row and row["step"] > 3]
     assert found and all(0 <= share < 1 for share in found) and any(found)
 
 
+@pytest.mark.launch
 def test_hsdp_has_the_curve_of_one_process(lab: Lab) -> None:
     """Four processes: two replicas of two shards."""
     assert losses(lab.whole("hsdp")) == pytest.approx(losses(lab.whole("single")), abs=5e-4)
 
 
-@pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))
-def test_the_record_names_the_strategy(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+def test_run_record_names_the_strategy(lab: Lab, strategy: str) -> None:
     record = json.loads((lab.whole(strategy) / "run.json").read_text())
     assert (record["strategy"], record["global_batch_size"]) == (strategy, 8)
     assert layout(lab.whole(strategy) / "checkpoint-10") == LAYOUTS.get(strategy, "zero")
 
 
-@pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))
-def test_a_plain_process_loads_the_export_and_gets_the_same_metrics(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+def test_export_of_a_strategy_has_the_same_metrics_in_one_process(lab: Lab, strategy: str) -> None:
     folder = lab.whole(strategy)
     model = AutoModelForImageClassification.from_pretrained(folder / "best").eval()
     config = load_config(list(map(str, lab.args)))
@@ -184,8 +185,8 @@ def test_a_plain_process_loads_the_export_and_gets_the_same_metrics(lab: Lab, st
             assert results(folder)[f"{name}_{key}"] == pytest.approx(value, abs=1e-6), key
 
 
-@pytest.mark.parametrize("strategy", needing(STRATEGIES[1:]))
-def test_a_resumed_run_ends_with_the_same_bits(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases(STRATEGIES[1:]))
+def test_strategy_resumed_ends_with_the_same_bits(lab: Lab, strategy: str) -> None:
     accumulation = 1 if strategy == "fsdp2_full" else 2
     whole = lab.whole(strategy, accumulation)
     again = lab.resumed(whole, strategy, f"{strategy}_again", accumulation)
@@ -201,32 +202,32 @@ def test_a_resumed_run_ends_with_the_same_bits(lab: Lab, strategy: str) -> None:
     [("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "single"), ("fsdp2_full", "single"),
      ("fsdp2", "fsdp2_full")],
 )  # fmt: skip
-def test_another_strategy_and_number_of_processes_goes_on(lab: Lab, wrote: str, resumes: str) -> None:
+def test_checkpoint_resumed_by_another_strategy_ends_with_the_same_weights(lab: Lab, wrote: str, resumes: str) -> None:
     folder = lab.resumed(lab.whole(wrote), resumes, f"{wrote}_to_{resumes}", 1)
     assert results(folder)["best_step"] == STEPS
     assert difference(lab.whole("single"), folder) < 5e-4
 
 
-@without_deepspeed
 @pytest.mark.parametrize(("wrote", "resumes"), [("zero1", "zero2"), ("zero3", "zero3_offload")])
-def test_a_zero_checkpoint_goes_on_under_its_neighbour(lab: Lab, wrote: str, resumes: str) -> None:
+def test_zero_checkpoint_resumed_by_its_neighbour_ends_with_the_same_weights(
+    lab: Lab, wrote: str, resumes: str
+) -> None:
     folder = lab.resumed(lab.whole(wrote), resumes, f"{wrote}_to_{resumes}", 1)
     assert results(folder)["best_step"] == STEPS
     assert difference(lab.whole("single"), folder) < 5e-4
 
 
-@without_deepspeed
-def test_what_cannot_be_resumed_is_refused_and_left_alone(lab: Lab) -> None:
+def test_zero_checkpoint_resumed_by_ddp_is_refused_and_kept(lab: Lab) -> None:
     folder = lab.cut(lab.whole("zero2"), "zero2_not_ddp")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    refused = lab.launch(folder.name, "ddp", "--per_device_train_batch_size", 4, expect=1)
-    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "checkpoint-10 cannot be resumed" in errors[0], refused.stderr
+    refused = lab.fork(folder.name, "ddp", "--per_device_train_batch_size", 4, expect=None)
+    assert 2 in refused.codes.values() and 0 not in refused.codes.values()
+    errors = [line for line in refused.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "checkpoint-10 cannot be resumed" in errors[0], refused.output
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@without_deepspeed
-def test_each_obstacle_is_named_with_a_way_around_it(lab: Lab) -> None:
+def test_checkpoint_that_cannot_be_resumed_is_refused_with_the_fix(lab: Lab) -> None:
     zero2, zero3, ddp, fsdp2 = (lab.whole(name) / "checkpoint-10" for name in ("zero2", "zero3", "ddp", "fsdp2"))
     assert "written by zero1 or zero2 on 2 processes, and ddp" in (obstacle(zero2, "ddp", 2) or "")
     assert "use zero3 or zero3_offload again" in (obstacle(zero3, "zero2", 2) or "")
@@ -240,7 +241,7 @@ def test_each_obstacle_is_named_with_a_way_around_it(lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "file"),
-    needing((
+    cases((
         ("zero2", "global_step10/zero_pp_rank_1_mp_rank_00_optim_states.pt"), ("zero2", "latest"),
         ("zero2", "global_step10/mp_rank_00_model_states.pt"),
         ("zero3", "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
@@ -249,7 +250,9 @@ def test_each_obstacle_is_named_with_a_way_around_it(lab: Lab) -> None:
         ("fsdp2_full", "optimizer.bin"), ("ddp", "model.safetensors"),
     )),
 )  # fmt: skip
-def test_a_share_that_is_missing_or_cut_short_is_noticed(lab: Lab, tmp_path: Path, strategy: str, file: str) -> None:
+def test_checkpoint_with_a_missing_or_truncated_share_is_damaged(
+    lab: Lab, tmp_path: Path, strategy: str, file: str
+) -> None:
     checkpoint = tmp_path / "checkpoint-10"
     shutil.copytree(lab.whole(strategy) / "checkpoint-10", checkpoint)
     assert damage(checkpoint) is None
@@ -260,21 +263,20 @@ def test_a_share_that_is_missing_or_cut_short_is_noticed(lab: Lab, tmp_path: Pat
     assert damage(checkpoint), "missing"
 
 
-@without_deepspeed
-def test_a_deepspeed_file_that_disagrees_is_refused_before_anything_is_written(lab: Lab) -> None:
+def test_deepspeed_file_that_contradicts_the_settings_is_refused(lab: Lab) -> None:
     own = lab.root / "own.yaml"
     own.write_text((CONFIGS / "zero2.yaml").read_text().replace("gradient_clipping: auto", "gradient_clipping: 0.01"))
-    refused = run(
-        *lab.args, "--output_dir", lab.root / "disagrees", "--per_device_train_batch_size", 4, launcher="accelerate",
-        processes=2, config=own, expect=1,
+    refused = fork(
+        *lab.args, "--output_dir", lab.root / "disagrees", "--per_device_train_batch_size", 4, processes=2, expect=2,
+        **launch_environment(own),
     )  # fmt: skip
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "gradient_clipping=0.01 vs hf max_grad_norm=1.0" in errors[0], refused.stderr
     assert not list((lab.root / "disagrees").glob("*"))
 
 
-@pytest.mark.parametrize("strategy", needing((*STRATEGIES[:-1], "hsdp")))
-def test_the_memory_estimate_is_what_a_rank_holds(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+def test_memory_estimate_equals_the_bytes_of_a_rank(lab: Lab, strategy: str) -> None:
     seen = json.loads((lab.whole(strategy).with_suffix(".seen") / "0.json").read_text())
     config = ViTConfig.from_pretrained(lab.whole(strategy) / "best")
     with torch.device("meta"):
@@ -293,8 +295,8 @@ def test_the_memory_estimate_is_what_a_rank_holds(lab: Lab, strategy: str) -> No
     assert abs(seen["optimizer"] - optimizer) <= padding
 
 
-@pytest.mark.parametrize("strategy", needing(("ddp", "zero2", "zero3", "fsdp2")))
-def test_bf16_with_activation_checkpointing_and_the_best_model_not_the_last(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases(("ddp", "zero2", "zero3", "fsdp2")))
+def test_bf16_with_activation_checkpointing_keeps_the_best_model(lab: Lab, strategy: str) -> None:
     name = f"{strategy}_bf16"
     lab.fork(
         name, strategy, "--bf16", "--activation_checkpointing", "--per_device_train_batch_size", 4,
@@ -309,8 +311,8 @@ def test_bf16_with_activation_checkpointing_and_the_best_model_not_the_last(lab:
     assert kinds == {torch.bfloat16 if strategy.startswith("zero") else torch.float32}
 
 
-@pytest.mark.parametrize("strategy", needing(("ddp", "zero2", "fsdp2")))
-def test_a_rank_that_is_killed_ends_the_others_within_seconds(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases(("ddp", "zero2", "fsdp2")))
+def test_killed_rank_under_the_launcher_ends_the_others_within_seconds(lab: Lab, strategy: str) -> None:
     folder = lab.root / f"{strategy}_killed"
     launched = subprocess.Popen(
         command("accelerate", 2, *lab.args, "--output_dir", folder, "--max_steps", 100_000, "--eval_strategy", "no",
@@ -330,8 +332,8 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds(lab: Lab, strategy
     assert not psutil.wait_procs(family, timeout=1)[1], "a process was left behind"
 
 
-@pytest.mark.parametrize("strategy", needing(("zero3", "fsdp2")))
-def test_killed_within_a_save_of_shares(lab: Lab, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", cases(("zero3", "fsdp2")))
+def test_rank_killed_in_a_save_of_shares_leaves_the_checkpoint_before(lab: Lab, strategy: str) -> None:
     """Rank 1 has written its share of step 20 and dies: step 20 was never saved."""
     folder = lab.root / f"{strategy}_half_saved"
     args = ["--per_device_train_batch_size", 4, "--global_batch_size", 8]
@@ -343,15 +345,14 @@ def test_killed_within_a_save_of_shares(lab: Lab, strategy: str) -> None:
     assert losses(folder) == losses(whole)
 
 
-@pytest.mark.parametrize("strategy", needing(("zero2", "fsdp2")))
-def test_the_first_failure_is_the_one_that_is_shown(lab: Lab, strategy: str, tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("strategy", cases(("zero2", "fsdp2")))
+def test_exception_on_one_rank_is_the_only_one_shown(lab: Lab, strategy: str, tmp_path: Path, checkpoint: Path) -> None:
     data = write_photos(tmp_path / "photos", {"train": 37, "validation": 5})
     broken = sorted((data / "train" / "cat").iterdir())[3]
     broken.write_bytes(broken.read_bytes()[:200])
-    failed = run(
+    failed = fork(
         "--data", data, "--model", checkpoint, *ARGS, "--verify_images", "false", "--output_dir", tmp_path / "run",
-        "--per_device_train_batch_size", 4, launcher="accelerate", processes=2,
-        config=CONFIGS / f"{strategy}.yaml", expect=1,
+        "--per_device_train_batch_size", 4, processes=2, expect=1, **launch_environment(strategy),
     )  # fmt: skip
     shown = [line for line in failed.stderr.splitlines() if line.startswith("rank ") and line.endswith(" failed")]
     assert len(shown) == 1 and f"cat/{broken.name}" in failed.stderr

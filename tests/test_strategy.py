@@ -39,7 +39,7 @@ def zero(stage: int = 2, **config: Any) -> Any:
     )  # fmt: skip
 
 
-def test_the_launch_says_which_strategy() -> None:
+def test_strategy_follows_from_the_launch() -> None:
     assert prepare(args(), {}) == "single"
     assert prepare(args(), {"WORLD_SIZE": "2"}) == "ddp"
     assert prepare(args(), FSDP) == "fsdp2"
@@ -77,7 +77,7 @@ def test_zero_is_given_what_its_defaults_get_wrong() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_impossible_strategy_is_one_line(
     changed: dict[str, Any], environ: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environ.items():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import results, run
+from conftest import results
+from lab import fork
 
 from vit_dist import cli
 from vit_dist.errors import UserError
@@ -35,7 +36,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return write
 
 
-def test_every_combination_then_the_runs_in_the_order_written(write: Write) -> None:
+def test_sweep_has_all_combinations_then_the_listed_runs(write: Write) -> None:
     found = sweep.read(write(
         "grid:\n  learning_rate: [1e-4, 3.0e-4]\n  seed: [1, 2]\n"
         "runs:\n  - {seed: 7}\n  - metrics: [a, b]\n    bf16: yes\n"
@@ -49,7 +50,7 @@ def test_every_combination_then_the_runs_in_the_order_written(write: Write) -> N
     assert found.arguments(5)[:4] == ["--metrics", "a", "b", "--bf16=yes"]
 
 
-def test_each_member_has_a_folder_and_a_name(write: Write) -> None:
+def test_sweep_members_have_a_folder_and_a_name_each(write: Write) -> None:
     found = sweep.read(write("recipe: digits\nname: mine\ngrid: {model: [tiny, google/vit-base, ./my model]}\n"))
     folders = [config.output_dir for config in sweep.check(found)]
     assert folders == [Path("runs/mine") / f"model={name}" for name in ("tiny", "google-vit-base", ".-my-model")]
@@ -67,7 +68,7 @@ def test_flags_are_for_all_members_and_win(write: Write) -> None:
     ]  # fmt: skip
 
 
-def test_a_batch_job_gets_the_arguments_of_a_member_without_loading_torch(write: Write) -> None:
+def test_sweep_member_arguments_are_printed_without_torch(write: Write) -> None:
     path = write("recipe: my recipe.yaml\nname: a name\ngrid: {seed: [1, 2]}\n")
     code = "import sys; from vit_dist.verbs.sweep import main; main(); assert not {'torch', 'numpy'} & set(sys.modules)"
 
@@ -106,14 +107,14 @@ def test_a_batch_job_gets_the_arguments_of_a_member_without_loading_torch(write:
         ("a: [", r"is not valid YAML"),
     ],
 )
-def test_a_bad_file_is_one_line(write: Write, text: str, message: str) -> None:
+def test_sweep_file_that_is_wrong_is_one_line(write: Write, text: str, message: str) -> None:
     path = write(text + "\n")
     with pytest.raises(UserError, match=message) as caught:
         sweep.read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_all_wrong_settings_are_told_at_once(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_with_wrong_settings_names_all_of_them(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("recipe: digits\ngrid:\n  learning_rat: [1]\n  seed: [1, x]\n  hub_token: [hf_secret]\n")
     assert sweep.main([str(path)]) == 2
     told = capsys.readouterr()
@@ -129,7 +130,7 @@ def test_all_wrong_settings_are_told_at_once(write: Write, capsys: pytest.Captur
     assert list(path.parent.iterdir()) == [path], "nothing was written"
 
 
-def test_there_is_no_such_member_or_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_member_or_file_that_is_missing_is_refused(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("grid: {seed: [1, 2]}\n")
     for number in ("2", "-1"):
         assert sweep.main([str(path), f"--member={number}"]) == 2
@@ -138,7 +139,7 @@ def test_there_is_no_such_member_or_file(write: Write, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("error: there is no sweep file nowhere.yaml")
 
 
-def test_the_table_tells_what_became_of_the_members(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_table_shows_state_and_results_of_members(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("recipe: digits\ngrid: {seed: [1, 2]}\nruns: [{learning_rate: 1e-2}]\n")
     for folder, state, found in (("seed=1", "complete", {"eval_accuracy": 0.98, "test_accuracy": 0.9666}),
                                  ("learning_rate=1e-2", "preempted", {})):  # fmt: skip
@@ -159,7 +160,7 @@ def test_the_table_tells_what_became_of_the_members(write: Write, capsys: pytest
     assert batch.endswith(f"vit-dist slurm sweep {path} --num_train_epochs 2")
 
 
-def test_a_member_is_trained_on_all_gpus_in_the_sweeps_group(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_member_trains_on_all_gpus_in_the_sweeps_group(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("recipe: digits\ngrid: {seed: [1, 2]}\n")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     started: list[list[str]] = []
@@ -174,13 +175,13 @@ def test_a_member_is_trained_on_all_gpus_in_the_sweeps_group(write: Write, monke
         os.environ["WANDB_RUN_GROUP"] = "mine"
 
 
-def test_a_member_trains(write: Write) -> None:
+def test_sweep_member_trains_with_its_settings_and_is_listed(write: Write) -> None:
     path = write("recipe: digits\ngrid: {learning_rate: [1e-4, 3e-3]}\n")
     few = ("--max_train_samples", 64, "--max_eval_samples", 32, "--max_predict_samples", 32, "--max_steps", 1)
-    run("sweep", path, "--run", 1, *few, "--report_to", "none", module="vit_dist.cli")
+    fork("sweep", path, "--run", 1, *few, "--report_to", "none", module="vit_dist.cli")
     folder = Path("runs/try/learning_rate=3e-3")
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 3e-3
-    shown = run("sweep", path, *map(str, few), module="vit_dist.cli").stdout
+    shown = fork("sweep", path, *map(str, few), module="vit_dist.cli").stdout
     assert f"complete     {results(folder)['eval_accuracy']:.4f}" in shown
 
 

@@ -100,7 +100,7 @@ def attempts(run: Path) -> list[str]:
     return sorted(path.name for path in run.glob("wandb/offline-run-*"))
 
 
-def test_attempts_become_one_run_in_order_and_once(
+def test_sync_of_attempts_makes_one_run_in_order_and_once(
     run: Path, api: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")  # as in a sealed environment
@@ -116,9 +116,7 @@ def test_attempts_become_one_run_in_order_and_once(
     assert len(api.upserts) == asked
 
 
-def test_an_attempt_that_was_killed_is_pushed_as_far_as_it_goes(
-    run: Path, api: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sync_of_a_killed_attempt_pushes_its_rows(run: Path, api: Server, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, third = attempts(run)
     (log,) = (run / "wandb" / second).glob("*.wandb")
     log.write_bytes(log.read_bytes()[:-700])
@@ -134,7 +132,7 @@ def test_an_attempt_that_was_killed_is_pushed_as_far_as_it_goes(
     assert capsys.readouterr().out == f"{run}: 3 of 3 attempts were pushed before\n"
 
 
-def test_what_may_still_grow_is_left_for_later(run: Path, api: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_of_a_running_attempt_waits(run: Path, api: Server, capsys: pytest.CaptureFixture[str]) -> None:
     """The lock of a run is another process's, as in life: a process does not lock itself out."""
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -168,7 +166,7 @@ def test_after_one_that_was_refused_nothing_is_pushed(
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_no_account_and_no_network(
+def test_sync_without_account_or_network_is_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sync.main([str(run)]) == 2
@@ -180,7 +178,9 @@ def test_no_account_and_no_network(
     )
 
 
-def test_what_is_no_run_or_has_nothing(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_of_a_folder_without_offline_runs_is_refused(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All are looked at before any is pushed."""
     assert sync.main([str(run), str(tmp_path)]) == 2
     assert f"error: {tmp_path} is no run folder (no run.json in it)" in capsys.readouterr().err

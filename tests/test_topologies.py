@@ -1,4 +1,4 @@
-"""One run on several topologies: equal curves and results, one report. Each topology is launched once."""
+"""One run on several topologies: equal curves and results, one report. Each topology is trained once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from conftest import LAUNCHERS, STEPS, TOPOLOGIES, losses, results, rows
 from safetensors.torch import load_file
 from wandb_reader import read_run
 
+pytestmark = pytest.mark.launch
+
 
 @pytest.mark.parametrize("name", [name for name in TOPOLOGIES if name != "one"])
-def test_the_loss_curve_is_the_same(runs: dict[str, Path], name: str) -> None:
+def test_topologies_have_the_same_loss_curve(runs: dict[str, Path], name: str) -> None:
     one, other = losses(runs["one"]), losses(runs[name])
     assert list(one) == list(other) == list(range(1, STEPS + 1))
     assert max(one.values()) - min(one.values()) > 0.05, "a curve that does not move proves nothing"
@@ -20,7 +22,7 @@ def test_the_loss_curve_is_the_same(runs: dict[str, Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TOPOLOGIES if name != "one"])
-def test_results_are_the_same(runs: dict[str, Path], name: str) -> None:
+def test_topologies_have_the_same_results(runs: dict[str, Path], name: str) -> None:
     one, other = results(runs["one"]), results(runs[name])
     for key in ("eval_accuracy", "eval_loss", "eval_f1_macro", "test_accuracy", "test_loss", "test_top5_accuracy"):
         assert other[key] == pytest.approx(one[key], abs=1e-4), key
@@ -29,20 +31,20 @@ def test_results_are_the_same(runs: dict[str, Path], name: str) -> None:
     assert other["world_size"] == TOPOLOGIES[name][1]
 
 
-def test_weights_are_the_same_up_to_rounding(runs: dict[str, Path]) -> None:
+def test_topologies_have_the_same_weights_up_to_rounding(runs: dict[str, Path]) -> None:
     one = load_file(runs["one"] / "best" / "model.safetensors")
     for name in ("accumulated", "torchrun", "accelerate"):
         other = load_file(runs[name] / "best" / "model.safetensors")
         assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4, name
 
 
-def test_both_launchers_give_the_same_bits(runs: dict[str, Path]) -> None:
+def test_torchrun_and_accelerate_give_the_same_bits(runs: dict[str, Path]) -> None:
     files = [(runs[name] / "best" / "model.safetensors").read_bytes() for name in ("torchrun", "accelerate")]
     assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_one_wandb_run_with_accuracy_on_the_axis_of_the_loss(runs: dict[str, Path], name: str) -> None:
+def test_topology_logs_one_wandb_run_with_accuracy_on_the_axis_of_the_loss(runs: dict[str, Path], name: str) -> None:
     files = list((runs[name] / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 1, "one run, opened by rank 0 alone"
     recorded = read_run(files[0])
@@ -57,11 +59,11 @@ def test_one_wandb_run_with_accuracy_on_the_axis_of_the_loss(runs: dict[str, Pat
     assert recorded.config["data"]["classes"] == record["data"]["classes"]
 
 
-def test_the_record_says_what_ran(runs: dict[str, Path]) -> None:
+def test_run_record_names_data_and_strategy(runs: dict[str, Path]) -> None:
     records = {name: json.loads((folder / "run.json").read_text()) for name, folder in runs.items()}
     assert len({json.dumps(record["data"]) for record in records.values()}) == 1
     assert [records[name]["strategy"] for name in TOPOLOGIES] == ["single", "single", "ddp", "ddp"]
 
 
-def test_all_launchers_are_covered() -> None:
-    assert {launcher for launcher, *_ in TOPOLOGIES.values()} == set(LAUNCHERS)
+def test_topologies_cover_all_launchers() -> None:
+    assert {launcher for launcher, *_ in TOPOLOGIES.values()} == {*LAUNCHERS, "fork"}

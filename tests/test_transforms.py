@@ -68,10 +68,10 @@ def test_crops_lie_in_the_image_with_the_area_and_shape_asked_for() -> None:
     assert min(areas) > 0.23 and max(areas) <= 1 and 0.5 < np.mean(areas) < 0.75
 
 
-def test_a_panorama_falls_back_to_its_middle() -> None:
+def test_random_crop_of_a_panorama_takes_the_middle() -> None:
     assert _random_box(np.random.default_rng(0), 1000, 10, 0.9) == (493, 0, 506, 10)
 
 
-def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
+def test_checkpoint_without_processor_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"model {tmp_path}: no image processor"):
         load_processor(ModelOptions(model=str(tmp_path)))

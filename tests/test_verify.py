@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -49,7 +52,7 @@ def test_bad_images_are_listed_in_order_with_their_reasons(rows, tmp_path):
     assert "empty" in bad[0].reason and "HTML" in bad[1].reason and "No such file" in bad[2].reason
 
 
-def test_each_image_is_decoded_once_until_something_changes(rows, folder, tmp_path, count):
+def test_unchanged_images_are_verified_once(rows, folder, tmp_path, count):
     bad = verify(rows, RULES, cache_dir=str(tmp_path))
     assert len(count) == 120
     assert verify(rows, RULES, cache_dir=str(tmp_path)) == bad and len(count) == 120
@@ -59,7 +62,7 @@ def test_each_image_is_decoded_once_until_something_changes(rows, folder, tmp_pa
     assert len(verify(rows, RULES, cache_dir=str(tmp_path))) == 4 and len(count) == 360
 
 
-def test_a_damaged_record_is_made_again(rows, tmp_path, count):
+def test_verification_record_damaged_is_made_again(rows, tmp_path, count):
     bad = verify(rows, RULES, cache_dir=str(tmp_path))
     (record,) = (tmp_path / "vit_dist").glob("verified-*.json")
     record.write_text(record.read_text()[:-5])
@@ -83,7 +86,7 @@ def test_embedded_images_and_selections(tmp_path):
     assert [(row.index, row.id) for row in bad] == [(1, "t#3"), (2, "t#1")]
 
 
-def test_two_processes_decode_everything_once(folder, tmp_path):
+def test_images_are_verified_once_by_two_processes(folder, tmp_path):
     code = (
         "from vit_dist.data import source, verify, decode\n"
         "rows, done = source.load_source(options).tables['train'], []\n"
@@ -127,9 +130,27 @@ def test_too_many_bad_images_stop_the_run_all_the_same(rows, tmp_path):
         apply_policy(rows, every, options("x", tmp_path, on_bad_image="skip", max_bad_fraction=1.0), "train")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_an_unreadable_file_is_bad_until_it_can_be_read(rows, folder, tmp_path):
-    (folder / "cat" / "2.png").chmod(0)
-    assert "cat/2.png" in [row.id for row in verify(rows, RULES, cache_dir=str(tmp_path))]
-    (folder / "cat" / "2.png").chmod(0o644)
-    assert "cat/2.png" not in [row.id for row in verify(rows, RULES, cache_dir=str(tmp_path))]
+@contextlib.contextmanager
+def unprivileged():
+    """The superuser may read everything."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_unreadable_file_is_bad_until_it_can_be_read():
+    with tempfile.TemporaryDirectory() as root:  # pytest's folders are closed to other users
+        data, caches = image_folder(Path(root) / "data", {"cat": 3, "dog": 3}), Path(root) / "caches"
+        caches.mkdir()
+        for path in (Path(root), caches):
+            path.chmod(0o777)
+        rows = load_source(options(data, Path(root) / "cache")).tables["train"]
+        (data / "cat" / "2.png").chmod(0)
+        with unprivileged():
+            assert [row.id for row in verify(rows, RULES, cache_dir=str(caches))] == ["cat/2.png"]
+        (data / "cat" / "2.png").chmod(0o644)
+        with unprivileged():
+            assert not verify(rows, RULES, cache_dir=str(caches))

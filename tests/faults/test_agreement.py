@@ -29,12 +29,12 @@ def lab(checkpoint: Path, tmp_path: Path) -> Lab:
     return Lab(tmp_path, ["--model", checkpoint, *ARGS])
 
 
-def test_another_setting(lab: Lab, photos: Path) -> None:
+def test_ranks_with_different_settings_are_refused(lab: Lab, photos: Path) -> None:
     line = refusal(lab, lab.root / "run", "--data", photos, alone={1: ["--learning_rate", "1e-4"]})
     assert "do not have the same learning_rate: 0.003 on rank 0, 0.0001 on rank 1; start all of them with one" in line
 
 
-def test_another_version(lab: Lab, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_with_different_versions_are_refused(lab: Lab, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = run_folder.version
     of_rank_1 = {"torch": "2.10.0"}
     monkeypatch.setattr(
@@ -45,7 +45,7 @@ def test_another_version(lab: Lab, photos: Path, monkeypatch: pytest.MonkeyPatch
     assert f"the same torch: {version('torch')} on rank 0, 2.10.0 on rank 1" in line
 
 
-def test_other_images(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_with_different_images_are_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """One path, and what lies there differs from node to node."""
     for rank, count in (("0", 37), ("1", 38)):
         write_photos(lab.root / rank / "photos", {"train": count, "validation": 5})

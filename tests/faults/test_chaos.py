@@ -1,13 +1,11 @@
-"""A seeded mix of everything, for as long as CHAOS_MINUTES says: whatever happened on the way, the bits at the end are
-those of a run that nobody disturbed.
+"""A seeded mix of everything: whatever happened on the way, the bits at the end are those of an undisturbed run.
 
-Part of `make test-faults`. The seed (FAULT_SEED) and the table of faults are printed; the same seed draws the same
-faults, though what a signal at a random time hits differs.
+The table of faults is printed (pytest -rP). The same --seed draws the same faults, though what a signal at a random
+time hits differs.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import sys
@@ -23,8 +21,7 @@ from test_disk import DAMAGE
 
 from vit_dist.checkpoint import store
 
-SEED = int(os.environ.get("FAULT_SEED", "0"))
-MINUTES = float(os.environ.get("CHAOS_MINUTES", "0"))
+MINUTES = 2
 SAVE_POINTS = sorted(
     name for name in POINTS if name not in ("in_compile", "in_worker", "in_step_end", "mid_eval", "before_optim")
 )
@@ -53,10 +50,13 @@ def draw(chance: random.Random, processes: int) -> tuple[str, str]:
     return kind, fault
 
 
-@pytest.mark.skipif(not MINUTES, reason="takes its time: make test-faults")
+@pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 600)
-def test_chaos(lab: Lab, whole: dict[int, Any]) -> None:
-    chance, tried, happened = random.Random(SEED), Counter[str](), Counter[str]()
+def test_run_with_random_faults_ends_with_the_same_bits(
+    lab: Lab, whole: dict[int, Any], pytestconfig: pytest.Config
+) -> None:
+    seed = pytestconfig.getoption("seed")
+    chance, tried, happened = random.Random(seed), Counter[str](), Counter[str]()
     begun, runs = time.monotonic(), 0
     while time.monotonic() - begun < MINUTES * 60:
         processes, runs = chance.choice([1, 2]), runs + 1
@@ -79,13 +79,13 @@ def test_chaos(lab: Lab, whole: dict[int, Any]) -> None:
                 job.signal(number, None if kind == "kill all" else chance.randrange(processes))
             codes = job.wait()
             happened[kind] += any(codes) or "was not saved" in job.output
-            assert max(committed(folder), default=0) >= max(before, default=0), (SEED, runs, kind, job.output)
+            assert max(committed(folder), default=0) >= max(before, default=0), (seed, runs, kind, job.output)
         lab.run(folder, "--allow_change", "restarts", "--verify_images", "false", processes=processes)
         assert fingerprint(folder) == whole[processes], (
-            f"seed {SEED}, run {runs}: {(folder.with_suffix('.log')).read_text()}"
+            f"seed {seed}, run {runs}: {(folder.with_suffix('.log')).read_text()}"
         )
     lines = [f"| {kind} | {tried[kind]} | {happened[kind]} |" for kind in sorted(tried)]
-    head = f"seed {SEED}, {runs} runs, {sum(happened.values())} faults, {(time.monotonic() - begun) / 60:.0f} min"
+    head = f"seed {seed}, {runs} runs, {sum(happened.values())} faults, {(time.monotonic() - begun) / 60:.0f} min"
     sys.stdout.write("\n".join(["", head, "| fault | drawn | happened |", "|---|---|---|", *lines, ""]))
 
 

@@ -37,7 +37,7 @@ from vit_dist.run import attempts
         ("before_rename:0:2:enospc", "checkpoint-10 was not saved (rank 0: No space left on device"),
     ],
 )
-def test_a_save_that_fails_is_said_once_and_training_goes_on(
+def test_failed_save_is_reported_once_and_training_goes_on(
     lab: Lab, whole: dict[int, Any], fault: str, said: str
 ) -> None:
     """Steps 10 and 15 are better than what came before: the copy of step 10 is kept and written before 15."""
@@ -48,7 +48,7 @@ def test_a_save_that_fails_is_said_once_and_training_goes_on(
     assert fingerprint(folder) == whole[2]
 
 
-def test_a_disk_that_stays_full(lab: Lab, whole: dict[int, Any]) -> None:
+def test_disk_that_stays_full_fails_the_run_and_keeps_its_checkpoints(lab: Lab, whole: dict[int, Any]) -> None:
     """The best model has no place: the run says so at its end, and once there is room the same command ends well."""
     folder = lab.root / "full"
     faults = ",".join(f"before_write:1:{count}:enospc" for count in range(3, 30))
@@ -61,12 +61,12 @@ def test_a_disk_that_stays_full(lab: Lab, whole: dict[int, Any]) -> None:
     assert fingerprint(folder) == whole[2]
 
 
-def test_too_little_room_is_seen_before_training(lab: Lab, whole: dict[int, Any], tmp_path: Path) -> None:
+@pytest.mark.cluster
+def test_too_little_disk_space_is_refused_before_training(lab: Lab, whole: dict[int, Any], tmp_path: Path) -> None:
     """A file system of 12 MB; less than the margin stays free."""
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() or os.system(f"mount -t tmpfs -o size=12M none {small}"):
-        pytest.skip("mounting a small file system needs root")
+    assert os.system(f"mount -t tmpfs -o size=12M none {small}") == 0, "mounting a file system needs root"
     try:
         job = lab.run(small / "run", expect=2)
         assert "13 MB are free, and a checkpoint takes more than 17 MB" in job.output and "step" not in job.output
@@ -78,7 +78,9 @@ def test_too_little_room_is_seen_before_training(lab: Lab, whole: dict[int, Any]
         os.system(f"umount {small}")
 
 
-def test_too_little_room_is_seen_before_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_for_a_save_is_seen_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_config(["--output_dir", str(tmp_path / "run")])
     writer = CheckpointWriter(config, Channel())
     writer.submit(Snapshot(3, None, {}, [TorchFile("state.pt", torch.ones(1_000_000))]))
@@ -91,7 +93,7 @@ def test_too_little_room_is_seen_before_a_save_is_written(tmp_path: Path, monkey
     assert committed(tmp_path / "run") == [3] and not (tmp_path / "run/.staging").exists()
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+def test_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     writer = CheckpointWriter(load_config(["--output_dir", str(tmp_path / "run")]), Channel())
     writer.submit(Snapshot(3, None, {}, [TorchFile("state.pt", {"weight": torch.tensor([1.0, float("nan")])})]))
     writer.wait()
@@ -99,7 +101,9 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     assert not list(store.checkpoints(tmp_path / "run"))
 
 
-def test_a_file_that_may_not_grow(lab: Lab, whole: dict[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_size_limit_is_reported_and_the_run_goes_on_without_it(
+    lab: Lab, whole: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """RLIMIT_FSIZE: the error comes out of the library that writes the weights."""
     folder = lab.root / "limit"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -122,7 +126,9 @@ DAMAGE = {
 }
 
 
-def test_any_damage_to_any_file_is_found_named_and_gone_around(lab: Lab, whole: dict[int, Any], tmp_path: Path) -> None:
+def test_checkpoint_with_any_file_damaged_is_named_and_skipped_on_resume(
+    lab: Lab, whole: dict[int, Any], tmp_path: Path
+) -> None:
     """Every file of the newest checkpoint and four damages; four of them are resumed to the end."""
     source = lab.root / "cut"
     lab.run(source, "--max_steps", 30, fault="before_optim:0:22:term", expect=stop.EXIT_CODE)
@@ -151,7 +157,7 @@ def test_any_damage_to_any_file_is_found_named_and_gone_around(lab: Lab, whole: 
                 assert fingerprint(folder) == whole[1], (name, kind)
 
 
-def test_no_whole_checkpoint_is_left(lab: Lab, tmp_path: Path) -> None:
+def test_run_with_all_checkpoints_damaged_is_refused(lab: Lab, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(lab.root / "cut", folder)
     for path in store.checkpoints(folder):
@@ -193,7 +199,7 @@ def test_files_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: 
     assert json.loads((tmp_path / "checkpoint-7/manifest.json").read_text())["files"]["weights"]["bytes"] == 1
 
 
-def test_a_file_that_nobody_answers_for_is_not_committed(tmp_path: Path) -> None:
+def test_checkpoint_with_an_unknown_file_is_not_committed(tmp_path: Path) -> None:
     staged = store.begin(tmp_path, 7)
     (staged / "stray").write_bytes(b"1")
     with pytest.raises(OSError, match="stray is not what was to be written"):
@@ -217,7 +223,7 @@ def test_a_file_that_nobody_answers_for_is_not_committed(tmp_path: Path) -> None
         ({**dict.fromkeys(range(3, 8), 3), 8: 6, 9: 6}, 2, None, [3, 6, 9]),
     ],
 )
-def test_what_is_kept(
+def test_retention_keeps_the_best_and_the_newest(
     tmp_path: Path, bests: dict[int, int], limit: int | None, every: int | None, kept: list[int]
 ) -> None:
     for step in range(1, 10):
@@ -228,12 +234,12 @@ def test_what_is_kept(
     assert committed(tmp_path) == kept
 
 
-def test_an_owner_is_named_and_a_stale_lock_recovered(lab: Lab, tmp_path: Path) -> None:
+def test_run_folder_in_use_is_refused_and_a_stale_lock_recovered(lab: Lab, tmp_path: Path) -> None:
     from vit_dist.run.owner import owned
 
     folder = tmp_path / "run"
     lab.run(folder, fault="before_optim:0:3:kill9", expect=-9)
-    assert (folder / ".lock").exists()
+    assert (folder / ".lock").exists() and status(folder)["state"] == "running"
     with owned(folder, environ={"VIT_DIST_JOB_ID": "4711"}):
         refused = lab.run(folder, expect=2)
         assert f"in use by process {os.getpid()} on " in refused.output and ", job 4711, since " in refused.output

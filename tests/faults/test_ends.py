@@ -49,6 +49,7 @@ def failure(folder: Path) -> dict[str, object]:
     return json.loads((folder / "failure.json").read_text())
 
 
+@pytest.mark.launch
 def test_out_of_memory_on_one_rank_ends_all_with_a_suggestion(lab: Lab) -> None:
     seconds, output = launched(lab, lab.root / "oom", "before_optim:1:7:oom")
     assert seconds < 10
@@ -61,7 +62,8 @@ def test_out_of_memory_on_one_rank_ends_all_with_a_suggestion(lab: Lab) -> None:
     assert status(lab.root / "oom")["state"] == "failed" and committed(lab.root / "oom") == [5]
 
 
-def test_a_rank_that_stands_still_is_noticed_on_all(lab: Lab) -> None:
+@pytest.mark.launch
+def test_rank_that_hangs_is_noticed_on_all(lab: Lab) -> None:
     """It sleeps; the other waits for it in a collective, where PyTorch's own time-out does not work on CPUs."""
     folder = lab.root / "hang"
     seconds, output = launched(lab, folder, "before_optim:1:7:sleep:90", "--hang_timeout", "4s")
@@ -74,7 +76,7 @@ def test_a_rank_that_stands_still_is_noticed_on_all(lab: Lab) -> None:
     assert status(folder)["state"] == "complete"
 
 
-def test_a_killed_rank_is_named_by_another(lab: Lab) -> None:
+def test_killed_rank_is_named_by_another(lab: Lab) -> None:
     """It cannot say anything itself, and the traceback of the one that waited for it would mislead."""
     folder = lab.root / "killed"
     job = lab.start(folder, processes=2, fault="before_optim:1:7:kill9,before_optim:1:7:sleep:1")
@@ -91,7 +93,7 @@ def test_a_killed_rank_is_named_by_another(lab: Lab) -> None:
 
 @pytest.mark.parametrize("late", ["", "late"])
 @pytest.mark.parametrize("what", ["gradient", "weight"])
-def test_a_number_that_is_not_finite_stops_all_and_is_never_saved(lab: Lab, what: str, late: str) -> None:
+def test_nan_on_one_rank_stops_all_and_is_never_saved(lab: Lab, what: str, late: str) -> None:
     """On one rank; before the step, or on GPUs before anything is kept. In an image's pixels: test_failures.py."""
     folder = lab.root / f"nan_{what}{late}"
     job = lab.run(folder, processes=2, expect=2, POISON=f"{what}:1:7", LOOK_LATE=late)
@@ -104,7 +106,7 @@ def test_a_number_that_is_not_finite_stops_all_and_is_never_saved(lab: Lab, what
     assert status(folder)["state"] == "complete"
 
 
-def test_what_one_process_does_alone_at_the_end_is_no_hang(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_report_at_the_end_is_no_hang(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     from vit_dist.run import report
 
     check = report.check_export
@@ -118,7 +120,7 @@ def test_what_one_process_does_alone_at_the_end_is_no_hang(lab: Lab, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["best", ".best.partial", "all_results.json"])
-def test_what_lies_in_the_way_of_the_results(lab: Lab, name: str) -> None:
+def test_results_with_a_file_in_their_place_are_replaced_or_refused(lab: Lab, name: str) -> None:
     """Replaced, or one line and the same command once it is out of the way."""
     folder = lab.root / f"in_the_way_{name}"
     lab.run(folder, fault="before_optim:0:22:term", expect=stop.EXIT_CODE)
@@ -134,7 +136,7 @@ def test_what_lies_in_the_way_of_the_results(lab: Lab, name: str) -> None:
     assert status(folder)["state"] == "complete" and (folder / "best/model.safetensors").exists()
 
 
-def test_a_stopped_process_does_not_keep_the_others(lab: Lab) -> None:
+def test_suspended_rank_does_not_keep_the_others(lab: Lab) -> None:
     """SIGSTOP: it cannot even notice. The others write their stacks, and the launcher kills it."""
     folder = lab.root / "stopped"
     job = lab.start(folder, "--hang_timeout", "3s", processes=2, fault="before_optim:1:7:stop,before_optim:1:7:sleep:1")
@@ -144,7 +146,7 @@ def test_a_stopped_process_does_not_keep_the_others(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("action", ["exc", "kill9"])
-def test_a_data_loading_process_that_fails(lab: Lab, action: str) -> None:
+def test_data_loading_process_that_fails_ends_the_run(lab: Lab, action: str) -> None:
     folder = lab.root / f"worker_{action}"
     job = lab.start(
         folder, "--dataloader_num_workers", 2, "--verify_images", "false", processes=2, fault=f"in_worker:1:3:{action}"
@@ -158,7 +160,7 @@ def test_a_data_loading_process_that_fails(lab: Lab, action: str) -> None:
     assert status(folder)["state"] == "complete"
 
 
-def test_the_record_of_a_failure(lab: Lab) -> None:
+def test_failure_record_names_rank_step_and_images(lab: Lab) -> None:
     folder = lab.root / "record"
     lab.start(folder, processes=2, fault="before_optim:1:7:exc").wait()
     record = failure(folder)

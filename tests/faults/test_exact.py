@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import losses, rows
+from conftest import Reference, losses, rows
 from lab import ARGS, Lab, committed, fingerprint, status
 
 from vit_dist import stop
-
-FULL = "FAULTS" in os.environ  # `make test-faults`
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,7 @@ MATRIX = {
     "plain": (1, False, ["--random_resized_crop", "false", "--horizontal_flip", "false"]),
     "augmented": (2, False, []),
     "dropout": (2, True, ["--random_resized_crop", "false"]),
-    "accumulated": (2, True, ["--per_device_train_batch_size", 2]),
+    "accumulated": (2, True, ["--per_device_train_batch_size", 2, "--lr_scheduler_type", "cosine"]),
     "bf16": (1, True, ["--bf16", "--per_device_train_batch_size", 4]),
     "constant rate, sgd, many epochs": (1, True, ["--lr_scheduler_type", "constant", "--optim", "sgd"]),
     "plateau": (2, True, ["--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", '{"patience": 0}']),
@@ -73,15 +70,15 @@ MATRIX = {
 }
 
 
+@pytest.mark.draw(5)
 @pytest.mark.parametrize("name", MATRIX)
-def test_interrupted_runs_end_with_the_same_bits(
-    root: Path, photos: Path, checkpoint: Path, dropout_checkpoint: Path, name: str
+def test_run_interrupted_three_times_ends_with_the_same_bits(
+    root: Path, reference: Reference, photos: Path, checkpoint: Path, dropout_checkpoint: Path, name: str
 ) -> None:
     processes, dropout, more = MATRIX[name]
     model = dropout_checkpoint if dropout else checkpoint
     lab = Lab(root, ["--data", photos, "--model", model, *ARGS, *more])
-    whole, again = root / f"{name}_whole", root / f"{name}_again"
-    lab.run(whole, processes=processes)
+    whole, again = reference(lab.args, processes), root / f"{name}_again"
     for fault, workers, expect in (
         ("before_optim:0:7:term", 2, stop.EXIT_CODE),  # step 7, within the second epoch
         ("before_optim:0:3:term", 0, stop.EXIT_CODE),  # step 10, the end of it
@@ -101,16 +98,19 @@ SHARDED = {
     "zero2": ["--per_device_train_batch_size", 2],
     "zero3": ["--bf16"],
     "fsdp2": ["--per_device_train_batch_size", 2],
+    "zero1": [],
+    "zero3 fp32": [],
+    "fsdp2 bf16": ["--bf16"],
 }
-if FULL:
-    SHARDED |= {"zero1": [], "zero3 fp32": [], "fsdp2 bf16": ["--bf16"]}
 
 
-@pytest.mark.parametrize("name", SHARDED)
-def test_so_do_those_that_share_out_their_state(root: Path, photos: Path, dropout_checkpoint: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in list(SHARDED)[3:] else []) for name in SHARDED]
+)
+def test_run_with_sharded_state_interrupted_twice_ends_with_the_same_bits(
+    root: Path, photos: Path, dropout_checkpoint: Path, name: str
+) -> None:
     """Stopped within an epoch, and killed between the writing of a save and its commit."""
-    if name.startswith("zero") and "REQUIRE_DEEPSPEED" not in os.environ:
-        pytest.importorskip("deepspeed")
     strategy = name.split()[0]
     lab = Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS, *SHARDED[name]])
     whole, again = root / f"{name}_whole", root / f"{name}_again"
@@ -126,10 +126,12 @@ def test_so_do_those_that_share_out_their_state(root: Path, photos: Path, dropou
     assert fingerprint(whole) == fingerprint(again)
 
 
-def test_killed_after_it_stopped_early(root: Path, photos: Path, dropout_checkpoint: Path) -> None:
+def test_run_stopped_early_and_killed_trains_no_further_step(
+    root: Path, reference: Reference, photos: Path, dropout_checkpoint: Path
+) -> None:
     """The last checkpoint is that of the decision to stop: no step is trained after it."""
     lab = Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS, *MATRIX["early stopping"][2]])
-    whole = fingerprint(root / "early stopping_whole")
+    whole = fingerprint(reference(lab.args, 2))
     last = whole["results"]["train_steps"]
     folder = root / "early_killed"
     lab.run(folder, processes=2, fault=f"after_commit:0:{last // 5}:kill9", expect=None)
@@ -138,7 +140,9 @@ def test_killed_after_it_stopped_early(root: Path, photos: Path, dropout_checkpo
     assert fingerprint(folder) == whole
 
 
-def test_the_best_model_is_kept_where_no_save_was_due(root: Path, photos: Path, dropout_checkpoint: Path) -> None:
+def test_best_model_where_no_save_was_due_is_kept_after_a_kill(
+    root: Path, photos: Path, dropout_checkpoint: Path
+) -> None:
     """Evaluations every 2 steps, saves every 4, and step 6 is the best; 10, the end of an epoch, is the next best."""
     by_step = {2: 5.0, 4: 4.0, 6: 1.0, 8: 3.0, 10: 2.0, 12: 6.0, 14: 7.0, 16: 8.0}
     flags = ["--max_steps", 16, "--eval_steps", 2, "--save_steps", 4, "--save_total_limit", 1]
@@ -154,7 +158,9 @@ def test_the_best_model_is_kept_where_no_save_was_due(root: Path, photos: Path, 
     assert fingerprint(whole) == fingerprint(again)
 
 
-def test_no_best_model_is_missed_where_none_is_loaded(root: Path, photos: Path, dropout_checkpoint: Path) -> None:
+def test_run_without_best_model_interrupted_ends_with_the_same_bits(
+    root: Path, photos: Path, dropout_checkpoint: Path
+) -> None:
     flags = ["--load_best_model_at_end", "false", "--eval_steps", 3, "--max_steps", 20]
     lab = Lab(root, ["--data", photos, "--model", dropout_checkpoint, *ARGS, *flags])
     lab.run(root / "no_best_whole")
@@ -164,11 +170,12 @@ def test_no_best_model_is_missed_where_none_is_loaded(root: Path, photos: Path, 
     assert fingerprint(root / "no_best_whole") == fingerprint(root / "no_best")
 
 
-def test_lost_rows_come_back(root: Path, photos: Path, checkpoint: Path) -> None:
+def test_metrics_damaged_before_a_resume_come_back_from_the_checkpoint(
+    root: Path, reference: Reference, photos: Path, checkpoint: Path
+) -> None:
     """A damaged metrics.jsonl stops nothing; a checkpoint knows the rows up to it."""
     lab = Lab(root, ["--data", photos, "--model", checkpoint, *ARGS])
-    whole, folder = root / "rows_whole", root / "rows"
-    lab.run(whole)
+    whole, folder = reference(lab.args), root / "rows"
     lab.run(folder, fault="before_optim:0:17:term", expect=stop.EXIT_CODE)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     del lines[4:]
@@ -182,7 +189,7 @@ def test_lost_rows_come_back(root: Path, photos: Path, checkpoint: Path) -> None
         assert {row["step"]: row[name] for row in found if name in row} == wanted
 
 
-def test_an_allowed_change_takes_effect(root: Path, photos: Path, checkpoint: Path) -> None:
+def test_settings_changed_on_resume_take_effect(root: Path, photos: Path, checkpoint: Path) -> None:
     """The checkpoint's rate, decay and intervals do not come back over the new settings."""
     lab = Lab(root, ["--data", photos, "--model", checkpoint, *ARGS, "--lr_scheduler_type", "constant"])
     folder = root / "changed"
@@ -201,7 +208,7 @@ def test_an_allowed_change_takes_effect(root: Path, photos: Path, checkpoint: Pa
     assert {change["key"] for change in recorded} == set(changes)
 
 
-def test_more_steps_for_a_run_that_was_done_training(root: Path, photos: Path, checkpoint: Path) -> None:
+def test_more_steps_for_a_run_done_training_are_trained(root: Path, photos: Path, checkpoint: Path) -> None:
     lab = Lab(root, ["--data", photos, "--model", checkpoint, *ARGS])
     folder = root / "longer"
     lab.run(folder, "--max_steps", 10, fault="mid_eval:0:11:term", expect=stop.EXIT_CODE)  # the test split
@@ -219,7 +226,9 @@ def order(folder: Path) -> dict[int, list[int]]:
     return {step: list(itertools.chain(*(index for *_, index in sorted(parts)))) for step, parts in found.items()}
 
 
-def test_the_number_of_processes_may_change_on_the_way(root: Path, photos: Path, checkpoint: Path) -> None:
+def test_number_of_processes_changed_on_resume_keeps_images_and_rates(
+    root: Path, photos: Path, checkpoint: Path
+) -> None:
     """1 -> 2 -> 4 -> 1: the global batch stays, its split follows; images, rates and steps are those of one process."""
     args = ["--data", photos, "--model", checkpoint, *(a for a in ARGS if a != "--global_batch_size")]
     args.remove(8)
@@ -249,7 +258,7 @@ def test_the_number_of_processes_may_change_on_the_way(root: Path, photos: Path,
     assert rates[0] == rates[1] and list(rates[0]) == list(range(1, 31))
 
 
-def test_a_resumed_run_decodes_nothing_that_it_skips(root: Path, photos: Path, checkpoint: Path) -> None:
+def test_resumed_run_decodes_no_image_that_it_skips(root: Path, photos: Path, checkpoint: Path) -> None:
     lab = Lab(root, ["--data", photos, "--model", checkpoint, *ARGS])
     folder, seen = root / "skip", root / "skip.decoded"
     lab.run(folder, fault="before_optim:0:7:term", expect=stop.EXIT_CODE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import threading
@@ -14,18 +13,15 @@ from lab import Lab, committed, fingerprint
 
 from vit_dist.checkpoint import store
 
-FULL = "FAULTS" in os.environ  # `make test-faults`
-SEED = int(os.environ.get("FAULT_SEED", "0"))
-
-
 RANK_0 = ("before_stage", "after_weights", "after_optimizer", "after_write", "before_manifest", "before_rename",
           "after_rename", "mid_prune")  # fmt: skip
 RANK_1 = ("before_snapshot", "after_snapshot", "before_stage", "before_check", "before_write", "after_write",
           "before_commit", "after_commit")  # fmt: skip
 
 
+@pytest.mark.draw(4)
 @pytest.mark.parametrize(("rank", "point"), [*((0, point) for point in RANK_0), *((1, point) for point in RANK_1)])
-def test_killed_at_every_point_of_a_save(lab: Lab, whole: dict[int, Any], rank: int, point: str) -> None:
+def test_run_killed_in_a_save_ends_with_the_same_bits(lab: Lab, whole: dict[int, Any], rank: int, point: str) -> None:
     folder = lab.root / f"{point}{rank}"
     count = 2 if point == "mid_prune" else 4  # of six saves; the second deletion is at the fourth or fifth
     codes = lab.start(folder, processes=2, fault=f"{point}:{rank}:{count}:kill9").wait()
@@ -38,11 +34,15 @@ def test_killed_at_every_point_of_a_save(lab: Lab, whole: dict[int, Any], rank: 
     assert not (folder / ".staging").exists() and not (folder / ".trash").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_random_times_until_it_is_done(lab: Lab, whole: dict[int, Any], processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "wanted"), [(1, 3), (2, 3), *(pytest.param(n, 25, marks=pytest.mark.slow) for n in (1, 2))]
+)
+def test_run_killed_at_random_times_ends_with_the_same_bits(
+    lab: Lab, whole: dict[int, Any], pytestconfig: pytest.Config, processes: int, wanted: int
+) -> None:
     """One rank, or the whole job; each attempt gets further or is not counted as stuck."""
-    chance = random.Random(SEED + processes)
-    folder, kills, wanted = lab.root / f"random{processes}", 0, 25 if FULL else 5
+    chance = random.Random(pytestconfig.getoption("seed") + processes)
+    folder, kills = lab.root / f"random{processes}_{wanted}", 0
     redone: list[int] = []
     for attempt in range(20 * wanted):
         job = lab.start(folder, "--allow_change", "restarts", processes=processes)
@@ -58,12 +58,12 @@ def test_killed_at_random_times_until_it_is_done(lab: Lab, whole: dict[int, Any]
         redone.append(before)
         if set(codes) == {0}:  # it was done before it was killed: once more, from the beginning
             assert fingerprint(folder) == whole[processes]
-            folder = lab.root / f"random{processes}_{attempt}"
+            folder = lab.root / f"random{processes}_{wanted}_{attempt}"
     assert kills == wanted
     assert fingerprint(folder) == whole[processes]
 
 
-def test_a_verified_checkpoint_is_there_at_every_instant(lab: Lab) -> None:
+def test_checkpoints_while_every_step_saves_always_include_a_verified_one(lab: Lab) -> None:
     """Looked at all the time by another thread, from the first commit on, while every step saves and deletes."""
     folder, seen, missing, over = lab.root / "watched", 0, [], threading.Event()
 
@@ -93,7 +93,8 @@ def test_a_verified_checkpoint_is_there_at_every_instant(lab: Lab) -> None:
     assert len(committed(folder)) <= 2  # the last and the best
 
 
-def test_a_lost_launcher_is_noticed_and_its_processes_save_and_leave(lab: Lab, whole: dict[int, Any]) -> None:
+@pytest.mark.launch
+def test_launcher_killed_makes_its_processes_save_and_leave(lab: Lab, whole: dict[int, Any]) -> None:
     """With the real launcher: kill -9 of torchrun leaves its workers, whose sessions are their own."""
     import subprocess
 

@@ -22,6 +22,7 @@ import points
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import Reference
 from lab import Job, Lab, committed, fingerprint, status
 from PIL import Image
 from test_wandb import FakeApi
@@ -39,10 +40,9 @@ from vit_dist.redact import redact
 
 
 @pytest.fixture(scope="module")
-def whole(lab: Lab) -> dict[str, Any]:
+def whole(lab: Lab, reference: Reference) -> dict[str, Any]:
     """Undisturbed."""
-    lab.run(lab.root / "whole")
-    return fingerprint(lab.root / "whole")
+    return fingerprint(reference(lab.args))
 
 
 # Secrets
@@ -98,7 +98,7 @@ ENDS = {  # fault, exit code
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_no_byte_of_a_run_holds_a_secret(
+def test_run_with_secrets_in_its_environment_writes_none(
     lab: Lab, api: FakeApi, isolated_home: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """Run folder, log, caches, and what went to Weights & Biases; nor is anything pickled beside the state."""
@@ -125,7 +125,7 @@ def test_no_byte_of_a_run_holds_a_secret(
     [["--hub_token", "canary1"], ["--hub_token=canary1"], ["--hub-token", "canary1"], ["--wandb_api_key", "canary1"],
      "hub_token: canary1\n", "seed: 1\nhub_token: canary1\n", "wandb_api_key: [canary1]\n"],
 )  # fmt: skip
-def test_a_secret_among_the_settings_is_refused_and_not_repeated(lab: Lab, tmp_path: Path, given: Any) -> None:
+def test_secret_among_the_settings_is_refused_and_not_printed(lab: Lab, tmp_path: Path, given: Any) -> None:
     if isinstance(given, str):
         (tmp_path / "recipe.yaml").write_text(given)
         given = [tmp_path / "recipe.yaml"]
@@ -146,7 +146,7 @@ def test_a_secret_among_the_settings_is_refused_and_not_repeated(lab: Lab, tmp_p
         ("hf_12345678, pub", "***, pub"),
     ],
 )
-def test_what_is_taken_out_of_messages(text: str, shown: str) -> None:
+def test_messages_with_secrets_are_redacted(text: str, shown: str) -> None:
     environ = {"A_TOKEN": "abcdef", "B_PASSPHRASE": "abcdef-and-more\n", "C_KEY": "pub", "D_PASSWORD": ""}
     not_text = {"E_KEY": "\udcff" * 6}  # bytes in the environment that are no UTF-8
     assert redact(text, environ | not_text) == shown
@@ -190,7 +190,7 @@ def one_error(job: Job) -> str:
 
 @pytest.mark.parametrize("as_file", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth"])
-def test_a_malicious_pickle_is_passed_over(
+def test_malicious_pickle_in_the_newest_checkpoint_is_skipped(
     lab: Lab, whole: dict[str, Any], stopped: Path, tmp_path: Path, name: str, as_file: Callable[[Any, Path], Any]
 ) -> None:
     folder = tmp_path / "run"
@@ -202,7 +202,7 @@ def test_a_malicious_pickle_is_passed_over(
     assert not (tmp_path / "canary").exists()
 
 
-def test_malicious_pickles_in_every_checkpoint(lab: Lab, stopped: Path, tmp_path: Path) -> None:
+def test_malicious_pickles_in_all_checkpoints_refuse_the_run(lab: Lab, stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     for checkpoint in store.checkpoints(folder):
@@ -213,7 +213,7 @@ def test_malicious_pickles_in_every_checkpoint(lab: Lab, stopped: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth"])
-def test_a_malicious_pickle_is_not_run_whatever_the_manifest_says(
+def test_malicious_pickle_with_a_valid_manifest_is_not_run(
     lab: Lab, whole: dict[str, Any], stopped: Path, tmp_path: Path, name: str
 ) -> None:
     """What is loaded is loaded as tensors and numbers only; the rest is never opened."""
@@ -232,7 +232,7 @@ def test_a_malicious_pickle_is_not_run_whatever_the_manifest_says(
     assert not (tmp_path / "canary").exists()
 
 
-def test_pickled_weights_of_fsdp_are_not_run_either(tmp_path: Path) -> None:
+def test_malicious_pickle_in_fsdp_weights_is_not_run(tmp_path: Path) -> None:
     staged = store.begin(tmp_path, 5)
     torch.save({"weight": Evil(tmp_path / "canary")}, staged / "pytorch_model_fsdp.bin")
     files = {"pytorch_model_fsdp.bin": store.settle(staged / "pytorch_model_fsdp.bin")}
@@ -243,7 +243,7 @@ def test_pickled_weights_of_fsdp_are_not_run_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["metadata", "value"])
-def test_nor_are_those_of_a_distributed_checkpoint(tmp_path: Path, where: str) -> None:
+def test_malicious_pickle_in_a_distributed_checkpoint_is_not_run(tmp_path: Path, where: str) -> None:
     """PyTorch itself reads the metadata, and values that are no tensors, with an unpickler that calls what it finds."""
     staged, model = store.begin(tmp_path, 5), torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
@@ -297,7 +297,7 @@ def _link(link: Path, target: Path) -> str:
 
 
 @pytest.mark.parametrize("case", OUTSIDE)
-def test_a_checkpoint_that_names_what_is_not_in_it_is_refused(tmp_path: Path, opened: list[str], case: str) -> None:
+def test_checkpoint_naming_files_outside_of_it_is_refused(tmp_path: Path, opened: list[str], case: str) -> None:
     """Though the sizes and digests are right; nothing out there is opened."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -325,13 +325,13 @@ def test_a_checkpoint_that_names_what_is_not_in_it_is_refused(tmp_path: Path, op
 @pytest.mark.parametrize(
     "files", [[], {"a": 5}, {"a": None}, {"a": {}}, {"a": {"bytes": 1}}, {"a": {"sha256": ""}}, "a", None]
 )
-def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, files: Any) -> None:
+def test_manifest_of_another_shape_is_damage(tmp_path: Path, files: Any) -> None:
     checkpoint = store.commit(store.begin(tmp_path, 5), {}, {"step": 5})
     (checkpoint / "manifest.json").write_text(json.dumps(seal({"format": store.FORMAT, "step": 5, "files": files})))
     assert store.damage(checkpoint) == "manifest.json cannot be read"
 
 
-def test_what_somebody_else_could_have_written_is_not_resumed_from(
+def test_checkpoint_that_others_may_write_is_not_resumed(
     lab: Lab, whole: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
     """Everybody's run folder is refused; everybody's checkpoint, or a file in it, is passed over. So is another's."""
@@ -376,7 +376,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -
     archive.addfile(member, io.BytesIO(data))
 
 
-def test_names_in_an_archive_lead_nowhere(lab: Lab, tmp_path: Path) -> None:
+def test_archive_with_paths_outside_of_it_writes_nothing_there(lab: Lab, tmp_path: Path) -> None:
     """Members that would lie outside, links, and classes called like paths: a run from start to end writes its own
     folder and caches only.
     """
@@ -409,7 +409,7 @@ def test_names_in_an_archive_lead_nowhere(lab: Lab, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["absolute", "../outside.png"])
-def test_an_archive_cannot_name_images_outside_of_it(
+def test_archive_naming_images_outside_of_it_opens_none(
     tmp_path: Path, opened: list[str], column: str, sample: dict[str, Any], path: str
 ) -> None:
     outside = tmp_path / "outside.png"
@@ -429,7 +429,7 @@ def test_an_archive_cannot_name_images_outside_of_it(
     assert opened and str(outside) not in opened
 
 
-def test_pickles_in_an_archive_are_not_run(tmp_path: Path) -> None:
+def test_pickle_in_an_archive_is_not_run(tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save({"state": Evil(tmp_path / "canary")}, file)
     evil = pickle.dumps(Evil(tmp_path / "canary"))
@@ -449,7 +449,7 @@ def test_pickles_in_an_archive_are_not_run(tmp_path: Path) -> None:
         assert not (tmp_path / "canary").exists()
 
 
-def test_a_table_may_name_images_anywhere_and_shows_nothing_of_other_files(tmp_path: Path) -> None:
+def test_table_naming_files_that_are_no_images_shows_nothing_of_them(tmp_path: Path) -> None:
     """A list of images is the user's own, like the folders that links in an image folder lead to. What is no image is
     said to be none; its content is not repeated.
     """
@@ -470,7 +470,7 @@ def test_a_table_may_name_images_anywhere_and_shows_nothing_of_other_files(tmp_p
     assert list(source.tables["train"]["id"]) == ["train.csv#0", "train.csv#1", "train.csv#2"]
 
 
-def test_links_in_an_image_folder_are_followed_and_nothing_is_written_there(lab: Lab, tmp_path: Path) -> None:
+def test_links_in_an_image_folder_are_followed_and_not_written_to(lab: Lab, tmp_path: Path) -> None:
     """A class folder elsewhere is the user's own arrangement; images go by their names in the data folder."""
     elsewhere, photos = tmp_path / "elsewhere", tmp_path / "photos"
     for folder in (elsewhere / "real name", photos / "cat"):
@@ -516,7 +516,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, kind: str) -> None:
+def test_decompression_bomb_is_refused_before_decoding(tmp_path: Path, kind: str) -> None:
     """In a process of its own, whose memory does not grow by 200 MB."""
     data = BOMBS[kind]()
     assert len(data) < 150_000
@@ -538,7 +538,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, ki
     assert grown < 200
 
 
-def test_icons_are_still_read() -> None:
+def test_icons_below_the_limit_are_decoded() -> None:
     for side in (16, 48):
         file = io.BytesIO()
         Image.new("RGB", (side, side), (1, 2, 3)).save(file, "ICO", sizes=[(side, side)], bitmap_format="bmp")

@@ -17,8 +17,6 @@ from lab import Job, Lab, committed, fingerprint, status
 
 from vit_dist import stop
 
-FULL = "FAULTS" in os.environ  # `make test-faults`
-
 
 def at_step(folder: Path, step: int, job: Job) -> None:
     """Wait until a row of this step or a later one is logged."""
@@ -43,7 +41,9 @@ CASES = {  # fault, the step at whose end all leave, who asked
     ("strategy", "case"),
     [*(("steps", case) for case in CASES), ("epoch", "at the end of an epoch"), ("epoch", "in an evaluation")],
 )
-def test_all_ranks_commit_within_one_step_and_leave(lab: Lab, whole: dict[int, Any], case: str, strategy: str) -> None:
+def test_signal_on_one_rank_makes_all_commit_within_one_step_and_leave(
+    lab: Lab, whole: dict[int, Any], case: str, strategy: str
+) -> None:
     fault, step, by = CASES[case]
     folder = lab.root / f"{case}_{strategy}".replace(" ", "_")
     more = ["--eval_strategy", "epoch", "--save_strategy", "epoch"] if strategy == "epoch" else []
@@ -60,7 +60,7 @@ def test_all_ranks_commit_within_one_step_and_leave(lab: Lab, whole: dict[int, A
     assert status(folder)["state"] == "complete"
 
 
-def test_asked_while_the_model_is_compiled(lab: Lab) -> None:
+def test_signal_while_the_model_compiles_is_heard_after_the_step(lab: Lab) -> None:
     """Compiling is part of the step: it is finished, committed, and need not be repeated for the same images."""
     flags = ["--torch_compile", "--torch_compile_backend", "eager", "--eval_strategy", "no"]
     folder = lab.root / "compiled"
@@ -71,7 +71,7 @@ def test_asked_while_the_model_is_compiled(lab: Lab) -> None:
     assert fingerprint(folder) == fingerprint(lab.root / "compiled_whole")
 
 
-def test_many_interruptions_one_after_the_other(lab: Lab, whole: dict[int, Any]) -> None:
+def test_run_stopped_many_times_ends_with_the_same_bits(lab: Lab, whole: dict[int, Any]) -> None:
     """Also right after a resumption, twice at one step, and within a pending evaluation."""
     folder, steps = lab.root / "many", []
     faults = (
@@ -89,7 +89,7 @@ def test_many_interruptions_one_after_the_other(lab: Lab, whole: dict[int, Any])
     assert fingerprint(folder) == whole[1]
 
 
-def test_stopped_in_an_evaluation_and_killed_later(lab: Lab) -> None:
+def test_run_stopped_in_an_evaluation_and_killed_later_ends_with_the_same_bits(lab: Lab) -> None:
     """Step 10 was saved before it was known to be the best; step 15 is worse and names it."""
     folder, losses = lab.root / "evaluated_later", json.dumps({5: 5.0, 10: 1.0, 15: 3.0, 20: 2.0, 25: 4.0, 30: 6.0})
     lab.run(folder, fault="mid_eval:0:6:term", expect=stop.EXIT_CODE, FAKE_LOSS=losses)
@@ -102,7 +102,7 @@ def test_stopped_in_an_evaluation_and_killed_later(lab: Lab) -> None:
     assert fingerprint(folder)["results"]["best_step"] == 10
 
 
-def test_stopped_in_the_last_evaluation_without_a_checkpoint(lab: Lab) -> None:
+def test_run_without_checkpoints_stopped_in_its_last_evaluation_is_finished(lab: Lab) -> None:
     """With `save_strategy no` the last steps are nowhere yet: the run is finished instead."""
     job = lab.run(
         lab.root / "unsaved", "--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false",
@@ -111,7 +111,8 @@ def test_stopped_in_the_last_evaluation_without_a_checkpoint(lab: Lab) -> None:
     assert status(lab.root / "unsaved")["state"] == "complete", job.output
 
 
-def test_a_second_ctrl_c_changes_nothing(lab: Lab) -> None:
+@pytest.mark.launch
+def test_ctrl_c_pressed_many_times_saves_once_and_leaves(lab: Lab) -> None:
     """Until the very end of the process, whose interpreter gives handlers up."""
     folder = lab.root / "ctrl_c"
     process = subprocess.Popen(
@@ -130,8 +131,10 @@ def test_a_second_ctrl_c_changes_nothing(lab: Lab) -> None:
     assert "Traceback" not in output and status(folder)["state"] == "preempted"
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0, 2.0, 3.0, 5.0] if FULL else [0.5, 2.0])
-def test_at_any_time_also_before_the_first_step(lab: Lab, whole: dict[int, Any], seconds: float) -> None:
+@pytest.mark.parametrize(
+    "seconds", [0.5, 2.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.1, 1.0, 3.0, 5.0))]
+)
+def test_sigterm_at_any_time_leaves_a_run_that_goes_on(lab: Lab, whole: dict[int, Any], seconds: float) -> None:
     folder = lab.root / f"after_{seconds}"
     job = lab.start(folder, processes=2)
     time.sleep(seconds)
@@ -141,7 +144,7 @@ def test_at_any_time_also_before_the_first_step(lab: Lab, whole: dict[int, Any],
     assert fingerprint(folder) == whole[2]
 
 
-def test_max_time_stops_the_run_by_itself(lab: Lab, whole: dict[int, Any]) -> None:
+def test_max_time_stops_the_run(lab: Lab, whole: dict[int, Any]) -> None:
     folder = lab.root / "max_time"
     job = lab.run(folder, "--max_time", "1s", expect=stop.EXIT_CODE)  # of this process, whose imports took longer
     assert status(folder)["by"] == "--max_time on rank 0" and status(folder)["step"] == 1, job.output
@@ -150,7 +153,7 @@ def test_max_time_stops_the_run_by_itself(lab: Lab, whole: dict[int, Any]) -> No
 
 
 @pytest.mark.parametrize("where", ["training", "evaluation"])
-def test_workers_survive_a_signal_to_every_process(lab: Lab, where: str) -> None:
+def test_data_loading_processes_survive_a_signal_to_every_process(lab: Lab, where: str) -> None:
     """As a batch system sends it: a data loading process that died of it would take the run down."""
     folder = lab.root / f"workers_{where}"
     if where == "training":
@@ -182,7 +185,7 @@ def test_workers_survive_a_signal_to_every_process(lab: Lab, where: str) -> None
     assert family and not psutil.wait_procs(family, timeout=10)[1]
 
 
-def test_a_child_that_is_not_ours_ends_as_usual() -> None:
+def test_child_process_of_others_obeys_sigterm() -> None:
     """A process pool forked off under our handlers must obey SIGTERM."""
     before = {number: signal.getsignal(number) for number in stop.SIGNALS}
     try:
@@ -202,6 +205,7 @@ def test_a_child_that_is_not_ours_ends_as_usual() -> None:
             signal.signal(number, handler)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("launcher", "strategy", "number"),
     [
@@ -210,7 +214,9 @@ def test_a_child_that_is_not_ours_ends_as_usual() -> None:
         ("accelerate", "fsdp2", signal.SIGINT),
     ],
 )
-def test_the_launcher_passes_it_on(lab: Lab, launcher: str, strategy: str, number: int) -> None:
+def test_signal_to_the_launcher_stops_the_run_with_a_checkpoint(
+    lab: Lab, launcher: str, strategy: str, number: int
+) -> None:
     """With the variables that launch/ and `vit-dist train` set, also SIGUSR1 and SIGUSR2."""
     from vit_dist.cli import FOR_LAUNCHERS
 

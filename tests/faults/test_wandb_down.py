@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses
+from conftest import Reference, losses
 from lab import Lab, committed, fingerprint, status
 from test_wandb import KEY, FakeApi
 from wandb_reader import read_run
@@ -22,7 +22,6 @@ from vit_dist import stop, train
 from vit_dist.callbacks import wandb
 from vit_dist.trainer import ExactTrainer
 
-FULL = "FAULTS" in os.environ  # `make test-faults`
 PROMISED = 60  # seconds from the last row to the exit
 DEFAULTS = dict(wandb.WandbCallback.__init__.__kwdefaults__)
 SHORT = {"init_timeout": 3.0, "finish_timeout": 3.0}  # for tests; see test_the_defaults_keep_the_promise
@@ -30,10 +29,9 @@ WITH_WANDB = ("--report_to", "wandb")
 
 
 @pytest.fixture(scope="module")
-def whole(lab: Lab) -> dict[str, Any]:
+def whole(lab: Lab, reference: Reference) -> dict[str, Any]:
     """Without W&B."""
-    lab.run(lab.root / "whole")
-    return fingerprint(lab.root / "whole")
+    return fingerprint(reference(lab.args))
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +42,8 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("WANDB_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    if not FULL:
-        for name, seconds in SHORT.items():
-            monkeypatch.setitem(wandb.WandbCallback.__init__.__kwdefaults__, name, seconds)
+    for name, seconds in SHORT.items():
+        monkeypatch.setitem(wandb.WandbCallback.__init__.__kwdefaults__, name, seconds)
     main = train.main
 
     def main_and_exit(argv: Any = None) -> int:
@@ -126,10 +123,13 @@ def mirrored(folder: Path) -> list[tuple[int, float]]:
     return [(int(step), float(loss)) for path in files for step, loss in read_run(path).series("train/loss")]
 
 
+@pytest.mark.draw(3)
 @pytest.mark.parametrize("state", STATES)
-def test_the_run_is_the_one_without_wandb(lab: Lab, whole: dict[str, Any], servers: Servers, state: str) -> None:
+def test_run_with_unreachable_wandb_equals_the_run_without(
+    lab: Lab, whole: dict[str, Any], servers: Servers, state: str
+) -> None:
     """The same bits and rows, exit code 0, the promised end, and every row on the disk for `vit-dist sync`."""
-    folder = lab.root / state.replace(" ", "_")
+    folder = lab.root / f"{state.replace(' ', '_')}_{wandb.WandbCallback.__init__.__kwdefaults__['finish_timeout']}"
     job = lab.run(folder, *WITH_WANDB, **servers(state))
     after_the_last_row = time.time() - (folder / "metrics.jsonl").stat().st_mtime
     assert fingerprint(folder) == whole
@@ -140,14 +140,26 @@ def test_the_run_is_the_one_without_wandb(lab: Lab, whole: dict[str, Any], serve
     assert status(folder)["state"] == "complete"
 
 
-def test_the_defaults_keep_the_promise() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("state", [state for state in STATES if "silent" in state or "never" in state])
+def test_run_with_silent_wandb_and_the_default_deadlines_ends_in_time(
+    lab: Lab, whole: dict[str, Any], servers: Servers, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    for name in SHORT:
+        monkeypatch.setitem(wandb.WandbCallback.__init__.__kwdefaults__, name, DEFAULTS[name])
+    test_run_with_unreachable_wandb_equals_the_run_without(lab, whole, servers, state)
+
+
+def test_default_deadlines_of_wandb_keep_the_promise() -> None:
     """What `close` may wait for at most; a tenth of the time is left for the exit itself."""
     assert DEFAULTS["finish_timeout"] + wandb.TEARDOWN_TIMEOUT <= 0.9 * PROMISED
     assert SHORT.keys() <= DEFAULTS.keys()
 
 
 @pytest.mark.parametrize(("fault", "code"), [("exc", 1), ("term", stop.EXIT_CODE)])
-def test_a_run_that_does_not_finish_leaves_in_time(lab: Lab, servers: Servers, fault: str, code: int) -> None:
+def test_run_failed_or_stopped_with_silent_wandb_leaves_in_time(
+    lab: Lab, servers: Servers, fault: str, code: int
+) -> None:
     """Failed or asked to stop, with a server that went silent."""
     folder = lab.root / f"silent_{fault}"
     job = lab.run(
@@ -157,7 +169,7 @@ def test_a_run_that_does_not_finish_leaves_in_time(lab: Lab, servers: Servers, f
     assert max(committed(folder)) == (20 if fault == "exc" else 22)
 
 
-def test_one_run_over_five_restarts(lab: Lab, whole: dict[str, Any], servers: Servers) -> None:
+def test_run_restarted_five_times_is_one_wandb_run(lab: Lab, whole: dict[str, Any], servers: Servers) -> None:
     """The id in run.json is that of every attempt, whatever W&B was like at the time; no row is there twice."""
     folder, ids = lab.root / "restarts", []
     at_each = [
@@ -178,7 +190,7 @@ def test_one_run_over_five_restarts(lab: Lab, whole: dict[str, Any], servers: Se
     assert mirrored(folder) == sorted(losses(folder).items())
 
 
-def test_training_has_to_do_with_wandb_only_when_something_is_logged(
+def test_training_calls_wandb_only_when_something_is_logged(
     lab: Lab, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes to wandb's process passes one function: counted on the thread that trains, in and out of on_log."""

@@ -82,7 +82,7 @@ def script(tmp_path: Path) -> Script:
     return Script(tmp_path)
 
 
-def test_a_warning_is_heard_from_the_first_moment_on(script: Script) -> None:
+def test_warning_before_the_first_step_is_heard(script: Script) -> None:
     job = script.start("exit 1", SLOW="1")  # while the script looks for its own folder
     time.sleep(0.5)
     job.send_signal(signal.SIGUSR1)
@@ -90,7 +90,7 @@ def test_a_warning_is_heard_from_the_first_moment_on(script: Script) -> None:
     assert script.requeued == 1 and "stopped before the training began; back into the queue" in script.log
 
 
-def test_a_warning_between_two_steps_reaches_the_next_one(script: Script) -> None:
+def test_warning_between_two_steps_reaches_the_next(script: Script) -> None:
     slow = script.folder / "programs" / "touch"  # a slow file system
     slow.write_text('#!/bin/bash\nsleep 1; exec /usr/bin/touch "$@"\n')
     slow.chmod(0o755)
@@ -112,7 +112,7 @@ def test_a_warning_between_two_steps_reaches_the_next_one(script: Script) -> Non
         ({"state": "complete"}, 0, "complete"),
     ],
 )
-def test_what_becomes_of_a_job_that_nobody_warned(
+def test_job_without_warning_ends_by_its_status(
     script: Script, facts: dict[str, object], requeued: int, words: str
 ) -> None:
     code = script.end(script.start(script.status(**facts) + "exit 1"))
@@ -120,13 +120,13 @@ def test_what_becomes_of_a_job_that_nobody_warned(
     assert (code == 0) == (facts.get("state") == "complete")
 
 
-def test_a_record_of_an_earlier_start_decides_nothing(script: Script) -> None:
+def test_status_of_an_earlier_start_is_ignored(script: Script) -> None:
     subprocess.run(["bash", "-c", script.status(by="--max_time on rank 0")], check=True)
     script.end(script.start("exit 1"))
     assert script.requeued == 0 and "failed with exit code 1" in script.log
 
 
-def test_a_failure_is_told_with_its_rank(script: Script) -> None:
+def test_job_that_failed_names_reason_and_rank(script: Script) -> None:
     failure = json.dumps({"job": "7", "rank": 3, "host": "n2", "reason": 'ValueError: it\'s "bad", 1,'}, indent=2)
     script.end(script.start(f"cat >{script.run}/failure.json <<'END'\n{failure}\nEND\nexit 1"))
     reason, rank = script.log.splitlines()[-2:]
@@ -136,7 +136,7 @@ def test_a_failure_is_told_with_its_rank(script: Script) -> None:
     )
 
 
-def test_a_job_that_is_always_warned_too_early_gives_up(script: Script) -> None:
+def test_job_always_warned_before_training_gives_up_at_the_fourth(script: Script) -> None:
     for start in range(4):
         job = script.start("exit 1", CHECK=SAVED, SLURM_RESTART_COUNT=str(start))
         script.wait_for(f"start {start + 1} on")
@@ -145,7 +145,7 @@ def test_a_job_that_is_always_warned_too_early_gives_up(script: Script) -> None:
     assert script.requeued == 3 and "for the fourth time in a row; give the job more time" in script.log
 
 
-def test_a_job_that_got_on_before_does_not_give_up(script: Script) -> None:
+def test_job_with_earlier_progress_is_requeued_a_fourth_time(script: Script) -> None:
     for start in range(3):
         script.end(script.start(script.status(by="--max_time") + "exit 1", SLURM_RESTART_COUNT=str(start)))
     job = script.start("exit 1", CHECK=SAVED, SLURM_RESTART_COUNT="3")
@@ -164,11 +164,11 @@ def test_a_job_that_got_on_before_does_not_give_up(script: Script) -> None:
         ({"CALLED": "/nowhere/slurm/train.sh", "VIT_DIST_ROOT": "/no"}, "error: no slurm/job.sh in "),
     ],
 )
-def test_nothing_is_started_without_a_run_folder(script: Script, env: dict[str, str], message: str) -> None:
+def test_job_without_run_folder_or_gpus_starts_nothing(script: Script, env: dict[str, str], message: str) -> None:
     assert script.end(script.start("touch started", TMPDIR="/tmp", **env)) == 2
     assert message in script.log and "logs of all ranks" not in script.log
 
 
-def test_the_checkout_is_found_whatever_the_arguments_say(script: Script) -> None:
+def test_checkout_is_found_with_any_arguments(script: Script) -> None:
     script.end(script.start("exit 0", ARGUMENTS="--run_name a/slurm/train.sh x"))
     assert script.log.rstrip().endswith("complete")

@@ -22,6 +22,7 @@ from lab import committed, fingerprint, status
 from safetensors.numpy import load_file
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
+pytestmark = pytest.mark.cluster
 TRAINING = (  # the model has no dropout, which differs by rank
     "digits", "--model", "vit", "--max_steps", 60, "--global_batch_size", 32, "--per_device_train_batch_size", 8,
     "--eval_strategy", "steps", "--eval_steps", 20, "--max_eval_samples", 40, "--max_predict_samples", 40,
@@ -32,11 +33,8 @@ TRAINING = (  # the model has no dropout, which differs by rank
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     missing = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
-    reason = f"not installed: {', '.join(missing)}" if missing else "needs root" if os.geteuid() else ""
-    if reason and os.environ.get("REQUIRE_SLURM"):
-        pytest.fail(reason)
-    if reason:
-        pytest.skip(reason)
+    assert not missing, f"not installed: {', '.join(missing)} (see .ci/run)"
+    assert os.geteuid() == 0, "network namespaces need root"
     with tempfile.TemporaryDirectory(prefix="vit_dist-slurm-") as root:  # pytest's are closed to others, munge objects
         Path(root).chmod(0o755)
         folder = Path(root) / "work"
@@ -65,7 +63,8 @@ def wandb_ids(folder: Path) -> list[str]:
     return [path.name.split("-")[-1] for path in sorted((folder / "wandb").glob("offline-run-*"))]
 
 
-def test_two_nodes_train_the_model_of_one_process(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_job_on_two_nodes_trains_the_model_of_one_process(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     run(*TRAINING, "--model", cluster.folder / "vit", "--output_dir", alone, OMP_NUM_THREADS="1", WANDB_MODE="offline")
     four = cluster.folder / "four"
@@ -84,7 +83,8 @@ def test_two_nodes_train_the_model_of_one_process(cluster: Cluster, undisturbed:
     assert (logs / "job.log").read_text() == job.log and "complete, eval accuracy" in (logs / "rank-0.log").read_text()
 
 
-def test_a_warned_job_is_requeued_once_and_ends_with_the_same_bits(cluster: Cluster, undisturbed: Path) -> None:
+@pytest.mark.slow
+def test_job_warned_is_requeued_once_and_ends_with_the_same_bits(cluster: Cluster, undisturbed: Path) -> None:
     folder = cluster.folder / "warned"
     job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
     job.wait_until(reached(folder, 10))
@@ -100,7 +100,8 @@ def test_a_warned_job_is_requeued_once_and_ends_with_the_same_bits(cluster: Clus
     assert job.log.count("back into the queue") == 1 and job.log.rstrip().endswith("complete")
 
 
-def test_a_job_survives_the_power_cut_of_each_of_its_nodes(cluster: Cluster, undisturbed: Path) -> None:
+@pytest.mark.slow
+def test_job_whose_nodes_lose_power_ends_with_the_same_bits(cluster: Cluster, undisturbed: Path) -> None:
     folder = cluster.folder / "power"
     job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
     for restarts, node, step in ((1, "n2", 5), (2, "n1", 30)):
@@ -112,7 +113,9 @@ def test_a_job_survives_the_power_cut_of_each_of_its_nodes(cluster: Cluster, und
     assert fingerprint(folder) == fingerprint(undisturbed)
 
 
-def test_a_job_that_another_partition_preempts_comes_back(cluster: Cluster, undisturbed: Path) -> None:
+def test_job_preempted_by_another_partition_is_requeued_and_ends_with_the_same_bits(
+    cluster: Cluster, undisturbed: Path
+) -> None:
     folder = cluster.folder / "preempted"
     job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
     job.wait_until(reached(folder, 10))
@@ -122,7 +125,8 @@ def test_a_job_that_another_partition_preempts_comes_back(cluster: Cluster, undi
     assert fingerprint(folder) == fingerprint(undisturbed)
 
 
-def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:
+@pytest.mark.slow
+def test_job_cancelled_saves_and_is_not_requeued(cluster: Cluster) -> None:
     folder = cluster.folder / "cancelled"
     words = ["-N", 2, "--time", 10, "train", *TRAINING, "--output_dir", folder]
     told = cluster.call(sys.executable, "-m", "vit_dist.cli", "slurm", *words)
@@ -135,7 +139,8 @@ def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:
     assert status(folder)["by"].startswith("SIGTERM") and committed(folder)[-1] == status(folder)["step"]
 
 
-def test_a_killed_rank_fails_the_job_and_is_named_last(cluster: Cluster) -> None:
+@pytest.mark.slow
+def test_job_with_a_killed_rank_fails_and_names_it_last(cluster: Cluster) -> None:
     folder = cluster.folder / "killed"
     job = cluster.submit(*TRAINING, "--output_dir", folder, options=("-N", 2))
     job.wait_until(reached(folder, 5))
@@ -147,7 +152,8 @@ def test_a_killed_rank_fails_the_job_and_is_named_last(cluster: Cluster) -> None
     assert str(folder / "failure.json") in job.log.splitlines()[-1]
 
 
-def test_a_job_warned_before_it_trains_is_requeued(cluster: Cluster) -> None:
+@pytest.mark.slow
+def test_job_warned_before_it_trains_is_requeued(cluster: Cluster) -> None:
     job = cluster.submit(*TRAINING, "--output_dir", cluster.folder / "early")
     job.wait_until(lambda: "start 1 on n" in job.log)
     job.warn()
@@ -157,7 +163,8 @@ def test_a_job_warned_before_it_trains_is_requeued(cluster: Cluster) -> None:
     job.end("CANCELLED", restarts=1)
 
 
-def test_members_of_a_sweep_are_tasks_of_an_array(cluster: Cluster) -> None:
+@pytest.mark.slow
+def test_sweep_members_run_as_tasks_of_an_array(cluster: Cluster) -> None:
     sweep = cluster.folder / "a sweep.yaml"
     sweep.write_text("recipe: digits\nname: seeds\ngrid: {seed: [1, 2, 3]}\n")
     words = [*TRAINING[1:], "--max_steps", 6, "--eval_steps", 6, "--output_dir", cluster.folder / "seeds"]
@@ -177,6 +184,7 @@ def test_members_of_a_sweep_are_tasks_of_an_array(cluster: Cluster) -> None:
         assert (folder / "jobs" / job.number / "rank-0.log").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words", "env", "message"),
     [
@@ -187,7 +195,7 @@ def test_members_of_a_sweep_are_tasks_of_an_array(cluster: Cluster) -> None:
         (("-N", 2), ("digits", "--strategy", "zero5"), {}, "unknown strategy zero5; did you mean zero"),
     ],
 )
-def test_what_cannot_work_is_told_at_once(
+def test_job_that_cannot_work_fails_at_once_with_one_line(
     cluster: Cluster, options: tuple[object, ...], words: tuple[str, ...], env: dict[str, str], message: str
 ) -> None:
     job = cluster.submit(*words, "--output_dir", cluster.folder / "refused", options=options, **env)
@@ -196,7 +204,8 @@ def test_what_cannot_work_is_told_at_once(
     assert not (cluster.folder / "refused" / "run.json").exists()
 
 
-def test_the_gpus_of_a_node_get_a_process_each(cluster: Cluster) -> None:
+@pytest.mark.slow
+def test_node_with_gpus_gets_a_process_for_each(cluster: Cluster) -> None:
     smi = cluster.folder / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text("#!/bin/sh\nprintf 'GPU 0: Test\\nGPU 1: Test\\n'\n")
@@ -212,7 +221,8 @@ def test_the_gpus_of_a_node_get_a_process_each(cluster: Cluster) -> None:
     assert "error: fsdp2 has nothing to shard over with one process" in half.log
 
 
-def test_a_script_that_runs_in_a_container_needs_no_slurm_there(cluster: Cluster) -> None:
+@pytest.mark.slow
+def test_job_in_a_container_needs_no_slurm_there(cluster: Cluster) -> None:
     folder, programs = cluster.folder / "contained", cluster.folder / "programs"
     programs.mkdir()
     for program in Path("/usr/bin").iterdir():
@@ -232,13 +242,14 @@ def test_a_script_that_runs_in_a_container_needs_no_slurm_there(cluster: Cluster
     assert job.facts()["ExitCode"] == "75:0"
 
 
+@pytest.mark.slow
 def test_gpus_that_no_node_has_are_refused_by_sbatch(cluster: Cluster) -> None:
     with pytest.raises(AssertionError, match="Requested node configuration is not available"):
         cluster.submit("digits", options=("--gpus-per-node", 4))
 
 
-@pytest.mark.skipif(not os.environ.get("FAULTS"), reason="takes minutes: the limit of a job is in minutes; FAULTS=1")
-def test_the_warning_before_the_time_limit(cluster: Cluster) -> None:
+@pytest.mark.slow
+def test_job_warned_before_its_time_limit_is_requeued(cluster: Cluster) -> None:
     folder = cluster.folder / "limit"
     words = [*TRAINING, "--max_steps", 100_000, "--eval_steps", 50_000, "--output_dir", folder]
     job = cluster.submit(*words, options=("--time", 2, "--signal=B:USR1@60"))

@@ -1,4 +1,4 @@
-"""`vit_dist.train` with a counter: the operators of steps 4 to 7, in a file for each rank in the folder COUNTED.
+"""A counter for a forked run: the operators of steps 4 to 7, in a file for each rank.
 
 The run takes the path of GPUs, which looks at losses where something is logged; between two log points an operator that
 hands a value to the host would make it wait for the device.
@@ -7,8 +7,6 @@ hands a value to the host would make it wait for the device.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from vit_dist import build, train, trainer
+from vit_dist import build, trainer
 
 
 class Count(TorchDispatchMode):
@@ -37,7 +35,8 @@ class Count(TorchDispatchMode):
 class Steps(TrainerCallback):
     """Last of the callbacks, so that what others do at the end of a step counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.found: list[dict[str, Any]] = []
         self.count: Count | None = None
 
@@ -54,20 +53,19 @@ class Steps(TrainerCallback):
             self.count = None
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(os.environ["COUNTED"])
-        folder.mkdir(exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         facts = {"steps": self.found, "parameters": len(list(kwargs["model"].parameters()))}
-        (folder / f"{args.process_index}.json").write_text(json.dumps(facts))
+        (self.folder / f"{args.process_index}.json").write_text(json.dumps(facts))
 
 
-if __name__ == "__main__":
+def count_steps(folder: Path) -> None:
+    """Let the runs of this process write their counts to files in `folder`."""
     make = build.build_trainer
 
     def with_steps(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
-        made.add_callback(Steps())
+        made.add_callback(Steps(folder))
         return made
 
-    trainer.ExactTrainer.LATE_ON = ("cpu",)
+    trainer.ExactTrainer.LATE_ON = ("cpu",)  # type: ignore[misc]
     build.build_trainer = with_steps
-    sys.exit(train.main())
