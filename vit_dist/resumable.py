@@ -24,7 +24,15 @@ from transformers.trainer_callback import ExportableState
 
 from vit_dist import stop
 from vit_dist.checkpoint import snapshot, store
-from vit_dist.checkpoint.load import STATE, ask_for, hyperparameters, layout, load_model, load_optimizer
+from vit_dist.checkpoint.load import (
+    STATE,
+    ask_for,
+    forbid_pickled_code,
+    hyperparameters,
+    layout,
+    load_model,
+    load_optimizer,
+)
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.clock import Clock
 from vit_dist.distributed import Channel
@@ -55,17 +63,25 @@ class ResumableTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """No batch after the last step (see `LastStep`)."""
         done = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
-        return super().get_batch_samples(epoch_iterator, 0 if done else num_batches, device)
+        batches = self.clock.batches(epoch_iterator)  # here: Accelerate replaces the loader of an epoch that is resumed
+        return super().get_batch_samples(batches, 0 if done else num_batches, device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; the best model is loaded also where the run folder was moved since it was saved.
 
         Raises stop.Interrupted on every rank, once what was asked for is committed.
         """
-        output = super().train(*args, **kwargs)
-        self.writer.wait()
-        if self._best_step and not self._best_loaded:
-            self._load_best_model()
+        forbid_pickled_code()
+        try:
+            output = super().train(*args, **kwargs)
+            self.writer.wait()
+            if self._best_step and not self._best_loaded:
+                self._load_best_model()
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{self.writer.folder}: a checkpoint holds something other than weights and state, which was not "
+                f"loaded ({_first_line(error)}). Move that checkpoint away to go on from an older one"
+            ) from error
         return output
 
     @property
@@ -213,23 +229,17 @@ class ResumableTrainer(Trainer):
             return
         optimizer = cast(Any, self.optimizer)
         asked = hyperparameters(optimizer)
-        try:
-            if self.is_deepspeed_enabled:
-                super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            if layout(Path(checkpoint)) == self._layout == "plain":
+                # Upstream reads it to the device, which in 5.17 fails on `cpu:0`; it gets there by itself.
+                whole = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+                optimizer.load_state_dict(whole)
             else:
-                if layout(Path(checkpoint)) == self._layout == "plain":
-                    # Upstream reads it to the device, which in 5.17 fails on `cpu:0`; it gets there by itself.
-                    whole = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-                    optimizer.load_state_dict(whole)
-                else:
-                    load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), optimizer.optimizer)
-                state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-                self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{checkpoint}: optimizer or scheduler state holds what is no state; nothing of it was run. Set "
-                "the folder aside to go on from an older one"
-            ) from error
+                load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), optimizer.optimizer)
+            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
         ask_for(asked, optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -243,6 +253,10 @@ class ResumableTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return "plain"
         return "fsdp_full" if "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type) else "fsdp_sharded"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class _Continue(TrainerCallback):

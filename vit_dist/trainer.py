@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from vit_dist import stop
 from vit_dist.callbacks.reproducible import LastStep, StepSeeds
 from vit_dist.checkpoint.writer import CheckpointWriter
-from vit_dist.clock import Clock
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset, collate
 from vit_dist.data.pipeline import ImageData
@@ -154,7 +153,6 @@ class ExactTrainer(ResumableTrainer):
         args = self.args
         return _TrainLoader(
             self.writer.wait,
-            self.clock,
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
@@ -372,20 +370,18 @@ class _LookBeforeItIsKept(TrainerCallback):
 
 
 class _TrainLoader(DataLoader):
-    """Tells `clock` how long each batch is waited for.
-
-    Calls `settle` before it forks its processes: a child has the locks of threads that it does not have, held for ever,
-    and a thread writes checkpoints. With persistent workers it forks once.
+    """Calls `settle` before it forks its processes: a child has the locks of threads that it does not have, held for
+    ever, and a thread writes checkpoints. With persistent workers it forks once.
     """
 
-    def __init__(self, settle: Callable[[], None], clock: Clock, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, settle: Callable[[], None], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._settle, self._clock = settle, clock
+        self._settle = settle
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Any:
         if self.num_workers and self._iterator is None:
             self._settle()
-        return self._clock.batches(super().__iter__())
+        return super().__iter__()
 
 
 def _shielded(loader: Any) -> DataLoader:

@@ -225,7 +225,7 @@ def test_malicious_pickle_with_a_valid_manifest_is_not_run(
     if name in ("optimizer.pt", "scheduler.pt"):
         job = lab.run(folder, expect=None)
         assert set(job.codes.values()) == {2} and status(folder)["state"] == "failed"
-        assert "holds what is no state" in job.output and "Traceback" not in job.output
+        assert "holds something other than weights and state" in job.output and "Traceback" not in job.output
     else:
         lab.run(folder)
         assert fingerprint(folder) == whole
@@ -254,7 +254,7 @@ def test_malicious_pickle_in_a_distributed_checkpoint_is_not_run(tmp_path: Path,
         (staged / "optimizer_0/.metadata").write_bytes(pickle.dumps(Evil(tmp_path / "canary")))
     files = {str(p.relative_to(staged)): store.settle(p) for p in staged.rglob("*") if p.is_file()}
     checkpoint = store.commit(staged, files, {"step": 5, "layout": "fsdp_sharded"})
-    with pytest.raises(pickle.UnpicklingError, match=r"no business there|Weights only"):
+    with pytest.raises(pickle.UnpicklingError, match=r"not part of a checkpoint|Weights only"):
         load_optimizer(checkpoint, model, optimizer)
     assert not (tmp_path / "canary").exists()
 

@@ -10,14 +10,18 @@ zero          global_step<N>/*_optim_states.pt, a file per rank  zero1, zero2, z
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +36,21 @@ from vit_dist.checkpoint.store import read_manifest
 MODEL, OPTIMIZER = "pytorch_model_fsdp", "optimizer"  # upstream's names for FSDP
 STATE = "trainer_state.json"
 LAYOUTS = ("plain", "fsdp_full", "fsdp_sharded", "zero")
+
+
+def forbid_pickled_code() -> None:
+    """From here on no `torch.load` of this process calls what a file names, whichever library asks for it.
+
+    DeepSpeed loads its shares with `weights_only=False`; the types that they need are named here.
+    """
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 def layout(checkpoint: Path) -> str:
@@ -106,24 +125,76 @@ def ask_for(asked: list[dict[str, Any]], optimizer: Any, scheduler: Any) -> None
         scheduler.base_lrs = rates
 
 
-class _Metadata(pickle.Unpickler):
-    """Of a distributed checkpoint: PyTorch's own unpickler would call anything that such a file names."""
+# What the metadata of a distributed checkpoint is made of: dataclasses, enums and plain values, by their exact names.
+_METADATA_TYPES = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}  # fmt: skip
 
-    MODULES = ("torch.distributed.checkpoint.", "collections")
-    NAMES = ("torch.Size", "pathlib.PosixPath", "torch.serialization._get_layout")
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the metadata of a distributed checkpoint. PyTorch's own reader calls whatever such a file names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        whole = f"{module}.{name}"
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (is_dtype or whole in self.NAMES or module.startswith(self.MODULES)) or "." in name:
-            raise pickle.UnpicklingError(f"{whole} has no business there")
-        return super().find_class(module, name)
+        if (module, name) in _METADATA_TYPES:
+            return super().find_class(module, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):  # how `torch.strided` is pickled
+            return _LAYOUTS.__getitem__
+        value = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return value
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
 
-    @classmethod
-    def check(cls, folder: Path) -> None:
-        """Raises UnpicklingError, before upstream reads the file again."""
-        with (folder / ".metadata").open("rb") as file:
-            cls(file).load()
+
+_LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
+
+
+class _CheckedReader(dcp.FileSystemReader):
+    """Uses the metadata that was checked; upstream would read the file again, with an unrestricted unpickler."""
+
+    def __init__(self, folder: Path, metadata: Any) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        return self._metadata
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        """Of files directly in this folder only: their names come out of the metadata."""
+        for item in plan.items:
+            name = self.storage_data[item.storage_index].relative_path
+            path = Path(str(self.path)) / str(name)
+            if os.path.basename(name) != name or path.is_symlink():
+                raise pickle.UnpicklingError(f"{name!r} is not a file of this checkpoint")
+        return super().read_data(plan, planner)
+
+
+def _read_metadata(folder: Path) -> Any:
+    """The metadata, from bytes whose digest is the manifest's. Raises UnpicklingError for anything else."""
+    path = folder / ".metadata"
+    data = path.read_bytes()
+    expected = read_manifest(folder.parent).get("files", {}).get(f"{folder.name}/{path.name}", {})
+    if expected.get("sha256") != hashlib.sha256(data).hexdigest():
+        raise pickle.UnpicklingError(f"{path} is not the file that the manifest names")
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # such files are forged or cut short: any type may be built from any value
+        raise pickle.UnpicklingError(f"{path} cannot be read ({type(error).__name__})") from None
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"{path} holds no metadata of a checkpoint")
+    return metadata
 
 
 class _Planner(dcp.DefaultLoadPlanner):
@@ -140,9 +211,9 @@ def _read(state: dict[str, Any], folder: Path) -> None:
 
     Raises what failed first, on whichever rank.
     """
-    _Metadata.check(folder)
+    reader = _CheckedReader(folder, _read_metadata(folder))
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), planner=_Planner())
+        dcp.load(state, storage_reader=reader, planner=_Planner())
     except dcp.CheckpointException as failures:  # a BaseException
         raise next(iter(failures.failures.values()))[0] from None
 
