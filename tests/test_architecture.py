@@ -16,12 +16,14 @@ PACKAGE = ROOT / "vit_dist"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"bundle"},
     "bundle": {"config", "errors", "files"},
-    "errors": set(),
-    "files": set(),
+    "terminal": set(),
+    "environment": {"errors"},
+    "errors": {"terminal"},
+    "files": {"errors"},
     "options": set(),
     "settings_file": {"errors"},
     "config": {"errors", "options", "settings_file"},
-    "console": set(),
+    "console": {"terminal"},
     "verbs.parser": {"errors"},
     "cost.flops": {"rewrites"},
     "build": {
@@ -38,8 +40,8 @@ ALLOWED: dict[str, set[str]] = {
         "config", "console", "data.image_cache", "data.pipeline", "data.resident", "entry", "errors", "verbs.parser",
     },
     "verbs.preflight": {"run.attempts", "bundle", "verbs.checks", "config", "console", "entry"},
-    "distributed": {"errors"},
-    "entry": {"console", "distributed", "errors", "redact", "stop"},
+    "distributed": {"environment", "errors"},
+    "entry": {"terminal", "console", "distributed", "errors", "redact", "stop"},
     "data.__init__": set(),
     "cost.__init__": set(),
     "run.__init__": set(),
@@ -74,9 +76,9 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks.__init__": set(),
     "callbacks.reproducible": {"data.sampler"},
     "callbacks.metrics_file": {"files"},
-    "callbacks.watchdog": set(),
+    "callbacks.watchdog": {"errors", "files", "terminal"},
     "callbacks.progress": {"callbacks.speed"},
-    "callbacks.profile": set(),
+    "callbacks.profile": {"checkpoint.store", "errors", "files"},
     "callbacks.communication": {"callbacks.profile"},
     "callbacks.speed": {"callbacks.communication", "clock"},
     "clock": set(),
@@ -94,12 +96,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "stop": set(),
     "redact": set(),
-    "run.owner": {"checkpoint.store", "errors"},
-    "strategy": {"blocks", "errors"},
+    "run.owner": {"environment", "files", "checkpoint.store", "errors"},
+    "strategy": {"environment", "blocks", "errors"},
     "cost.memory": {"errors", "strategy"},
     "cost.measured": {"errors"},
     "cost.scaling": set(),
-    "arguments": {"batch", "config", "distributed", "errors", "strategy"},
+    "arguments": {"environment", "batch", "config", "distributed", "errors", "strategy"},
     "resumable": {
         "checkpoint.load", "checkpoint.snapshot", "checkpoint.store", "checkpoint.writer", "clock", "distributed",
         "errors", "model", "stop",
@@ -108,12 +110,12 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint.writer", "clock", "errors", "config", "distributed", "data.dataset", "data.pipeline", "data.pixels",
         "data.sampler", "metrics.__init__", "metrics.outcomes", "callbacks.reproducible", "resumable", "stop",
     },
-    "run.run_folder": {"checkpoint.store", "console", "errors", "files", "run.owner", "redact"},
-    "run.attempts": {
+    "run.run_folder": {"environment", "checkpoint.store", "console", "errors", "files", "run.owner", "redact"},
+    "run.attempts": {"environment", 
         "batch", "callbacks.metrics_file", "checkpoint.load", "checkpoint.store", "config", "errors", "files",
         "run.owner", "run.run_folder",
     },
-    "run.failure": {
+    "run.failure": {"environment", 
         "run.attempts", "callbacks.watchdog", "config", "distributed", "errors", "redact", "run.run_folder", "stop",
     },
     "run.trackers": {
@@ -124,7 +126,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.summary": {
         "__init__", "run.attempts", "batch", "build", "config", "schedule", "run.trackers",
     },
-    "run.report": {"files", "config", "data.dataset"},
+    "run.report": {"terminal", "files", "config", "data.dataset"},
     "run.results": {
         "run.attempts", "config", "console", "distributed", "data.dataset", "data.pipeline", "data.pixels", "errors",
         "run.failure", "files", "metrics.__init__", "run.report", "run.run_folder", "stop", "run.trackers", "trainer",
@@ -143,7 +145,7 @@ ALLOWED: dict[str, set[str]] = {
         "arguments", "run.attempts", "batch", "bundle", "verbs.checks", "config", "console", "distributed", "entry",
         "errors", "files", "strategy", "trainer",
     },
-    "verbs.plan": {
+    "verbs.plan": {"terminal", 
         "arguments", "batch", "bundle", "config", "console", "data.pipeline", "data.resident", "data.sampler", "errors",
         "cost.flops", "cost.measured", "metrics.__init__", "model", "run.run_folder", "schedule", "trainer",
         "verbs.machines", "verbs.parser", "verbs.plan_strategies", "verbs.plan_text",
@@ -154,14 +156,16 @@ ALLOWED: dict[str, set[str]] = {
     },
     "verbs.machines": {"errors"},
     "verbs.plan_text": {"batch"},
-    "verbs.sweep": {"config", "console", "errors", "run.run_folder", "settings_file", "train", "verbs.parser"},
+    "verbs.sweep": {
+        "config", "console", "errors", "run.run_folder", "settings_file", "terminal", "train", "verbs.parser",
+    },
     "verbs.slurm": {"config", "console", "errors", "verbs.preflight", "verbs.sweep", "verbs.parser"},
     "verbs.fetch": {
         "bundle", "config", "console", "entry", "errors", "files", "data.hub", "data.transforms", "metrics.__init__",
         "run.run_folder", "verbs.parser",
     },
-    "verbs.sync": {"callbacks.wandb", "console", "entry", "errors", "run.owner", "redact", "verbs.parser"},
-    "cli": {"__init__", "verbs.sweep"},  # and the module of each verb, by its name
+    "verbs.sync": {"files", "callbacks.wandb", "console", "entry", "errors", "run.owner", "redact", "verbs.parser"},
+    "cli": {"terminal", "errors", "__init__", "verbs.sweep"},  # and the module of each verb, by its name
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from vit_dist import distributed, strategy
 from vit_dist.batch import Batch, scaled_learning_rate
 from vit_dist.config import Config
+from vit_dist.environment import integer
 from vit_dist.errors import UserError
 
 
@@ -34,7 +35,7 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
         # The same graph at every step: DDP need not look for what is ready. It fails where a step begins without
         # synchronisation (torch 2.13, reducer.cpp, expect_autograd_hooks_).
         settings["ddp_static_graph"] = batch.accumulation == 1
-    if int(os.environ.get("GPUS_PER_NODE") or 0) and not settings["use_cpu"] and not torch.accelerator.is_available():
+    if integer("GPUS_PER_NODE", 0) and not settings["use_cpu"] and not torch.accelerator.is_available():
         raise UserError(
             f"{socket.gethostname()} has GPUs for this job, but PyTorch {torch.__version__} sees none: install a build "
             "for its driver, or train on its CPUs with --use_cpu"

@@ -19,7 +19,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vit_dist import __version__
+from vit_dist import __version__, errors
+from vit_dist.terminal import one_line, open_standard_streams
 
 VERBS = {
     "train": "fine-tune a Vision Transformer; `vit-dist train --help` lists its options",
@@ -45,6 +46,7 @@ FOR_LAUNCHERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; exit code 2 for a command that makes no sense."""
+    open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv else "--help"
     if verb in ("-h", "--help", "help"):
@@ -57,12 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(VERBS)}"
-        sys.stderr.write(f"error: unknown verb {verb}; {hint}\n")
+        sys.stderr.write(f"error: unknown verb {one_line(verb[:80])}; {hint}\n")
         return 2
     try:
         return _run(verb, argv[1:])
     except KeyboardInterrupt:  # while the libraries are loaded; from there on the verbs take care of it
         return 130
+    except Exception as error:
+        said = str(error) if isinstance(error, errors.UserError) else errors.of_the_machine(error)
+        if said is None:
+            raise
+        sys.stderr.write(f"error: {said}\n")
+        return 2
 
 
 def _run(verb: str, argv: list[str]) -> int:

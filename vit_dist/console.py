@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
+
+from vit_dist.terminal import lines, one_line, open_standard_streams, show
 
 logger = logging.getLogger("vit_dist")
 
@@ -20,13 +23,24 @@ SECONDS_BETWEEN_LINES = 5.0
 OUTLIVE = """trap '' TERM INT HUP USR1 USR2; exec tee -a "$1" """
 
 
+class _OneLine(logging.Formatter):
+    """A record is one line, whatever the names in it contain."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
 def set_up(rank: int) -> None:
     """Route our lines to stdout on rank 0, and keep libraries to their errors on every rank."""
-    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    open_standard_streams()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_OneLine())
+    logger.handlers = [handler]
     logger.propagate = False
     logging.raiseExceptions = False  # `| head` closes stdout; training goes on
     logger.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    with contextlib.suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if rank:
         warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
@@ -43,12 +57,13 @@ def set_up(rank: int) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def keep(path: Path) -> None:
-    """From here on, all that this process and its children write to stdout and stderr is also appended to a file.
+def keep(log: int) -> None:
+    """From here on, all that this process and its children write to stdout and stderr is also appended to an open file.
 
     By `tee`, outside of this process, so that the last words of one that is killed are kept too.
     """
-    tee = subprocess.Popen(["sh", "-c", OUTLIVE, "tee", path], stdin=subprocess.PIPE)
+    tee = subprocess.Popen(["sh", "-c", OUTLIVE, "tee", f"/dev/fd/{log}"], stdin=subprocess.PIPE, pass_fds=[log])
+    os.close(log)
     assert tee.stdin is not None
     sys.stdout.flush()
     os.dup2(tee.stdin.fileno(), 1)
@@ -62,15 +77,27 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def say(*lines: str) -> None:
-    for line in lines:
-        logger.info(line)
+def say(*texts: str) -> None:
+    """Log each text as one line."""
+    for text in texts:
+        logger.info("%s", text)
 
 
 def show_error(message: str) -> None:
-    """To stderr, from any rank."""
-    sys.stderr.write(message.rstrip("\n") + "\n")
-    sys.stderr.flush()
+    """To stderr, from any rank. A message of several lines is ours; text from outside in it must be one line."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(lines(message.rstrip("\n")) + "\n")
+        sys.stderr.flush()
+
+
+def describe_failure(error: BaseException) -> str:
+    """The traceback. Further lines of an exception's message are indented: they cannot pass for lines of ours."""
+    text = []
+    for part in traceback.format_exception(error):
+        ours = part.startswith(("  File ", "Traceback ", "\nDuring handling", "\nThe above exception"))
+        indent = "" if ours else "    "
+        text.append(part.rstrip("\n").replace("\n", f"\n{indent}"))
+    return "\n".join(text)
 
 
 def progress(what: str, doing: str = "checking images") -> Callable[[int, int], None]:
@@ -85,6 +112,6 @@ def progress(what: str, doing: str = "checking images") -> Callable[[int, int], 
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            sys.stdout.write(f"{doing} of {what}: {done:,}/{total:,} ({done / (now - begun):,.0f}/s)\n")
+            show([f"{doing} of {what}: {done:,}/{total:,} ({done / (now - begun):,.0f}/s)"])
 
     return report

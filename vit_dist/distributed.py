@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from vit_dist.environment import integer, job
 from vit_dist.errors import UserError
 
 T = TypeVar("T")
@@ -22,11 +23,29 @@ T = TypeVar("T")
 
 def launched_rank(environ: Mapping[str, str] = os.environ) -> int:
     """This process's rank as the launcher says it, 0 without a launcher. Needs no process group."""
-    return int(environ.get("RANK", 0))
+    return integer("RANK", 0, environ)
+
+
+def check_environment(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError for a variable of a launcher or a batch system that cannot be what it says.
+
+    Before anything else reads them: the libraries would end with a traceback.
+    """
+    rank, world = launched_rank(environ), launched_world_size(environ)
+    if rank >= world:
+        raise UserError(f"RANK={rank} with WORLD_SIZE={world} in the environment: ranks begin at 0; unset them, or "
+                        "start all processes with torchrun or accelerate")  # fmt: skip
+    for name in ("LOCAL_RANK", "VIT_DIST_HOSTS", "VIT_DIST_CPUS", "GPUS_PER_NODE", "TORCHELASTIC_RESTART_COUNT"):
+        integer(name, 0, environ)
+    for name in ("LOCAL_WORLD_SIZE", "VIT_DIST_PROCESSES"):
+        integer(name, 1, environ, least=1)
+    if "MASTER_PORT" in environ and not 0 <= integer("MASTER_PORT", 0, environ) < 65536:
+        raise UserError(f"MASTER_PORT={environ['MASTER_PORT']} in the environment: give a port from 1 to 65535")
+    job(environ)
 
 
 def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    return int(environ.get("WORLD_SIZE", 1))
+    return integer("WORLD_SIZE", 1, environ, least=1)
 
 
 def on_main(make: Callable[[], T]) -> T:
@@ -39,11 +58,11 @@ def on_main(make: Callable[[], T]) -> T:
         try:
             box = [make(), None]
         except UserError as error:
-            box = [None, str(error)]
+            box = [None, error]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise UserError(box[1])
+        raise box[1]
     return box[0]
 
 
@@ -143,8 +162,8 @@ def check_launch(args: TrainingArguments, environ: Mapping[str, str] = os.enviro
             "accelerate launch was asked for several processes but started one (it does so for MULTI_CPU and without "
             "GPUs); add --multi_gpu, which also works on CPUs, or use torchrun --nproc-per-node N"
         )
-    told = environ.get("VIT_DIST_PROCESSES", seen)
-    if int(told) != seen:
+    told = integer("VIT_DIST_PROCESSES", seen, environ, least=1)
+    if told != seen:
         raise UserError(
             f"{told} processes were to be started, but {seen} found each other: each group would train alone"
         )
@@ -161,7 +180,7 @@ def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) 
     device = f"{args.device} {torch.cuda.get_device_name(args.device)}" if args.device.type == "cuda" else "cpu"
     seats = gather((socket.gethostname(), device, cores(environ), os.getpid()))
     hosts = {seat[0] for seat in seats}
-    told = int(environ.get("VIT_DIST_HOSTS") or len(hosts))
+    told = integer("VIT_DIST_HOSTS", len(hosts), environ)  # checked before, see `check_environment`
     if told != len(hosts):
         raise UserError(
             f"the job has {told} nodes, but its {len(seats)} processes run on {len(hosts)}: {', '.join(sorted(hosts))}"
@@ -180,7 +199,7 @@ def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) 
 def cores(environ: Mapping[str, str] = os.environ) -> int:
     """CPU cores for this process: its share of those that this host lets the job use."""
     usable = len(os.sched_getaffinity(0))
-    share = min(usable, int(environ.get("VIT_DIST_CPUS") or usable)) // int(environ.get("LOCAL_WORLD_SIZE", 1))
+    share = min(usable, integer("VIT_DIST_CPUS", usable, environ)) // integer("LOCAL_WORLD_SIZE", 1, environ, least=1)
     return max(1, share)
 
 

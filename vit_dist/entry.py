@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable
 
-from vit_dist import console, distributed, stop
+from vit_dist import console, distributed, errors, stop
 from vit_dist.errors import LostProcess, UserError
 from vit_dist.redact import redact
+from vit_dist.terminal import open_standard_streams
 
 
 def run(body: Callable[[], int], interrupted: str) -> int:
     """The exit code of `body`: 2 and one line for a user's error, 75 if it was asked to stop (130 where only Ctrl-C is
     heard), 1 and the first failing rank's traceback else.
     """
-    console.set_up(distributed.launched_rank())
+    open_standard_streams()
+    try:
+        distributed.check_environment()
+        console.set_up(distributed.launched_rank())
+    except UserError as error:  # which process this is cannot be known
+        console.show_error(f"error: {error}")
+        return 2
     try:
         return _run(body, interrupted)
     finally:
@@ -39,8 +45,10 @@ def _run(body: Callable[[], int], interrupted: str) -> int:
         return _fail(f"stopped ({asked} on rank {distributed.launched_rank()}); {interrupted}", stop.EXIT_CODE)
     except KeyboardInterrupt:
         return _fail(interrupted, 130)
-    except Exception:
-        return _fail(f"rank {distributed.launched_rank()} failed\n{traceback.format_exc()}", 1)
+    except Exception as error:
+        if (said := errors.of_the_machine(error)) is not None:
+            return _fail(f"error: {said}", 2)
+        return _fail(f"rank {distributed.launched_rank()} failed\n{console.describe_failure(error)}", 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,15 +1,63 @@
 """The exceptions that are shown as one line."""
 
+from __future__ import annotations
 
-class UserError(Exception):
+import errno
+from collections.abc import Sequence
+
+from vit_dist.terminal import one_line
+
+
+class _Shown(Exception):
+    """Control characters and line breaks in the message are escaped: names of files and classes come from outside."""
+
+    def __str__(self) -> str:
+        return one_line(str(self.args[0]) if self.args else "")
+
+
+class UserError(_Shown):
     """Something the user gave cannot work.
 
     The message is one clear line: what is wrong, where (file, key, class), and what to do. The entry point
     prints it without a traceback and leaves with exit code 2.
+
+    Args:
+        message: the line.
+        details: further lines, shown indented below it; a list of files for one.
     """
 
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message, tuple(details))
 
-class LostProcess(Exception):
+    def __str__(self) -> str:
+        return "\n  ".join([super().__str__(), *map(one_line, self.args[1])])
+
+
+# What the machine lacks, and not the program: shown as one line wherever it is met.
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "the disk is full; make room, or point --output_dir, --cache_dir or HF_HOME to another disk",
+    errno.EDQUOT: "the disk quota is used up; make room, or point --output_dir, --cache_dir or HF_HOME to another disk",
+    errno.EROFS: "the file system is read-only; point --output_dir, --cache_dir or HF_HOME to another place",
+    errno.ENAMETOOLONG: "the name is too long for the file system; give a shorter one",
+    errno.EMFILE: "this process may not open more files; raise the limit (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give",
+    errno.ELOOP: "a link leads back to itself, or stands where a file or folder is needed; remove the link",
+}
+
+
+def of_the_machine(error: BaseException) -> str | None:
+    """One line for an error that no change of the program can help; None for every other one."""
+    if isinstance(error, MemoryError):
+        return "no memory is left on this machine, or the limit is too low (ulimit -v, the job's memory)"
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        where = f"{str(error.filename)[:200]}: " if error.filename else ""
+        return one_line(f"{where}{_OF_THE_MACHINE[error.errno]}")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
+        return "the home directory of this user cannot be determined; set HOME, and write paths without ~"
+    return None
+
+
+class LostProcess(_Shown):
     """Another process of the job is gone, which is not this one's fault: its traceback would say nothing.
 
     The message is one clear line; exit code 1.

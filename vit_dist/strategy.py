@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vit_dist.blocks import repeated_blocks
+from vit_dist.environment import integer
 from vit_dist.errors import UserError
 
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's default, 10 times that, would take 2 GB for a model of 0.3 GB
@@ -64,7 +65,7 @@ def prepare(args: TrainingArguments, environ: Mapping[str, str] = os.environ) ->
         raise UserError("fp16 needs a GPU with DeepSpeed and FSDP; use --bf16 on CPUs")
     if deepspeed or fsdp:
         return _deepspeed(args) if deepspeed else _fsdp(args, environ, mesh)
-    return "ddp" if int(environ.get("WORLD_SIZE", 1)) > 1 else "single"
+    return "ddp" if integer("WORLD_SIZE", 1, environ) > 1 else "single"
 
 
 def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vit_dist.files import replacing
+from vit_dist.files import open_for_writing, replacing
 
 logger = logging.getLogger("vit_dist")
 
@@ -28,7 +28,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = {(row["step"], _kind(row)) for row in read_metrics(path)}
-        self._file = path.open("ab", buffering=0)
+        self._file = open(open_for_writing(path, os.O_APPEND), "ab", buffering=0)  # noqa: SIM115 (as long as the run)
         self._unwritten = b""
         self._warned = False
 
@@ -79,10 +79,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
-        os.truncate(path, whole)
+        descriptor = open_for_writing(path, 0)
+        os.ftruncate(descriptor, whole)
+        os.close(descriptor)
     rows = []
     for line in data[:whole].splitlines():
-        with contextlib.suppress(ValueError):  # blocks of zeros after a power cut
+        with contextlib.suppress(ValueError, RecursionError):  # blocks of zeros after a power cut
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vit_dist.checkpoint.store import make_folder
+from vit_dist.errors import UserError
+from vit_dist.files import refuse_links
+
 logger = logging.getLogger("vit_dist")
 
 WARM_UP = 5  # steps: compilation, allocations
@@ -59,8 +63,9 @@ class Profile(TrainerCallback):
         assert profiler is not None
         profiler.stop()
         try:
-            self.path.parent.mkdir(exist_ok=True)
+            make_folder(self.path.parent)
+            refuse_links([self.path.parent, self.path])
             profiler.export_chrome_trace(str(self.path))
             logger.info(f"profile of {min(self._done - WARM_UP, self.steps)} steps: {self.path} (ui.perfetto.dev)")
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UserError) as error:
             logger.warning(f"the profile cannot be written to {self.path} ({error}); training goes on")

@@ -14,6 +14,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from vit_dist.errors import UserError
+from vit_dist.files import open_for_writing
+from vit_dist.terminal import one_line
+
 PERIOD = 0.5  # seconds
 GRACE = 5.0  # seconds that a process has to end by itself
 
@@ -106,12 +110,12 @@ class Watchdog(TrainerCallback):
         return self.folder / f"stacks-rank-{self.rank}.txt"
 
     def _dump(self) -> None:
-        with contextlib.suppress(OSError), self._stacks.open("w") as file:
+        with contextlib.suppress(OSError, UserError), open(open_for_writing(self._stacks), "w") as file:
             faulthandler.dump_traceback(file)
 
     def _leave(self, why: str) -> None:
         if not self._over.is_set():
             with contextlib.suppress(Exception):
-                sys.stderr.write(f"rank {self.rank} leaves: {why}\n")
+                sys.stderr.write(one_line(f"rank {self.rank} leaves: {why}") + "\n")
                 sys.stderr.flush()
             os._exit(1)

@@ -21,7 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_dist.files import is_sealed, seal, sha256, sync_folder, sync_folders
+from vit_dist.files import (
+    is_sealed,
+    open_for_writing,
+    read_object,
+    remove,
+    seal,
+    settle_folder,
+    sha256,
+    sync_folders,
+)
 
 MANIFEST = "manifest.json"
 STAGING, TRASH = ".staging", ".trash"
@@ -53,9 +62,16 @@ def is_committed(checkpoint: Path) -> bool:
 def begin(folder: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into."""
     staged = folder / STAGING / f"checkpoint-{step}"
+    _remove_link(staged.parent)
     shutil.rmtree(staged, ignore_errors=True)
     make_folder(staged)
     return staged
+
+
+def _remove_link(path: Path) -> None:
+    """What is written or deleted there must not be elsewhere."""
+    if path.is_symlink():
+        path.unlink()
 
 
 def make_folder(folder: Path) -> None:
@@ -87,16 +103,16 @@ def commit(staged: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]
     if unlisted:
         raise OSError(f"{min(unlisted)} is not what was to be written")
     manifest = staged / MANIFEST
-    with manifest.open("w", encoding="utf-8") as file:
+    with open(open_for_writing(manifest, mode=0o644), "w", encoding="utf-8") as file:
         json.dump(seal({"format": FORMAT, **facts, "files": files}), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_folders(staged)
     final = staged.parents[1] / staged.name
-    if final.exists():
+    if os.path.lexists(final):
         discard(final)
     os.rename(staged, final)
-    sync_folder(final.parent)
+    settle_folder(final.parent)
     with contextlib.suppress(OSError):
         staged.parent.rmdir()
     return final
@@ -105,26 +121,28 @@ def commit(staged: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]
 def discard(checkpoint: Path) -> None:
     """Take a checkpoint out of the list, then delete it."""
     trash = checkpoint.parent / TRASH / checkpoint.name
-    trash.parent.mkdir(exist_ok=True)
-    shutil.rmtree(trash, ignore_errors=True)
+    _remove_link(trash.parent)
+    make_folder(trash.parent)
+    remove(trash)
     os.rename(checkpoint, trash)
-    sync_folder(checkpoint.parent)
+    settle_folder(checkpoint.parent)
     shutil.rmtree(trash.parent)
 
 
 def set_aside(checkpoint: Path) -> Path:
     """Take a checkpoint out of the list and keep it under another name."""
     suffixes = itertools.chain([".aside"], (f".aside-{n}" for n in itertools.count(2)))
-    aside = next(path for end in suffixes if not (path := checkpoint.with_name(checkpoint.name + end)).exists())
+    aside = next(path for end in suffixes if not os.path.lexists(path := checkpoint.with_name(checkpoint.name + end)))
     os.rename(checkpoint, aside)
-    sync_folder(checkpoint.parent)
+    settle_folder(checkpoint.parent)
     return aside
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier attempt had begun to write or to delete."""
     for name in (STAGING, TRASH):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(folder / name)
 
 
 def retain(folder: Path, limit: int | None, every: int | None) -> None:
@@ -157,12 +175,18 @@ def retain(folder: Path, limit: int | None, every: int | None) -> None:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest; empty if there is none or it cannot be read."""
-    try:
-        found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        whole = is_sealed(found) and all(facts.keys() >= {"bytes", "sha256"} for facts in found["files"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    return found if whole else {}
+    found = read_object(checkpoint / MANIFEST)
+    return found if is_sealed(found) and _is_manifest(found) else {}
+
+
+def _is_manifest(found: dict[str, Any]) -> bool:
+    files, best = found.get("files"), found.get("best_step")
+    return (
+        isinstance(files, dict)
+        and all(isinstance(facts, dict) and facts.keys() >= {"bytes", "sha256"} for facts in files.values())
+        and all(isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str) for facts in files.values())
+        and (best is None or isinstance(best, int))
+    )
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -178,6 +202,8 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is of step {manifest.get('step')}, format {manifest.get('format')}"
     if problem := untrusted(checkpoint):
         return problem
+    if problem := untrusted(checkpoint / MANIFEST):
+        return f"{MANIFEST}: {problem}"
     found = set(_files(checkpoint))
     if strange := sorted(found - set(manifest["files"]) - {MANIFEST}):
         return f"{strange[0]} is not in its {MANIFEST}"

@@ -76,21 +76,21 @@ def apply_policy(
         return table, 0
     count = f"{len(bad):,} of {len(table):,} images of {split_name} do not decode"
     if options.on_bad_image != "skip":
-        raise UserError(f"{count}; mend or remove them, or leave them out with --on_bad_image skip:{_listed(bad)}")
+        raise UserError(f"{count}; mend or remove them, or leave them out with --on_bad_image skip:", _listed(bad))
     if len(bad) > options.max_bad_fraction * len(table) or len(bad) == len(table):
         raise UserError(
             f"{count} ({len(bad) / len(table):.2%}), too many for --on_bad_image skip with "
-            f"--max_bad_fraction {options.max_bad_fraction:g}:{_listed(bad)}"
+            f"--max_bad_fraction {options.max_bad_fraction:g}:",
+            _listed(bad),
         )
     keep = np.ones(len(table), bool)
     keep[[row.index for row in bad]] = False
     return table.select(np.flatnonzero(keep)), len(bad)
 
 
-def _listed(bad: Sequence[BadRow]) -> str:
-    lines = [f"\n  {row.id}: {row.reason}" for row in bad[:_MOST_LISTED]]
+def _listed(bad: Sequence[BadRow]) -> list[str]:
     more = len(bad) - _MOST_LISTED
-    return "".join(lines) + (f"\n  and {more:,} more" if more > 0 else "")
+    return [f"{row.id}: {row.reason}" for row in bad[:_MOST_LISTED]] + ([f"and {more:,} more"] if more > 0 else [])
 
 
 def decoding_key(table: datasets.Dataset, rules: DecodeRules, *more: int) -> str:

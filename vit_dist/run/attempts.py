@@ -17,8 +17,9 @@ from vit_dist.callbacks.metrics_file import truncate_metrics
 from vit_dist.checkpoint import store
 from vit_dist.checkpoint.load import obstacle
 from vit_dist.config import Config, write_config
+from vit_dist.environment import integer, job
 from vit_dist.errors import UserError
-from vit_dist.files import is_sealed, replacing, seal
+from vit_dist.files import is_sealed, refuse_links, replacing, seal
 from vit_dist.run.owner import LOCK
 from vit_dist.run.run_folder import (
     CLASSES,
@@ -27,6 +28,7 @@ from vit_dist.run.run_folder import (
     METRICS,
     RECORD,
     STATUS,
+    WRITTEN,
     aside_of,
     describe,
     environment,
@@ -85,6 +87,9 @@ def check(config: Config) -> None:
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another --output_dir")
+    complete = read_json(folder / STATUS).get("state") == "complete"
+    written = (LOCK, JOBS) if complete or config.run.fresh else WRITTEN
+    refuse_links([*(folder / name for name in written), *folder.glob("stacks-rank-*.txt")])
     _check_asked_checkpoint(config)
     if not is_new(folder) and not any((folder / name).exists() for name in (STATUS, RECORD, CONFIG)):
         raise UserError(f"{folder} is not empty and not a run folder (no {STATUS}); choose another --output_dir")
@@ -139,10 +144,26 @@ def split_to_keep(attempt: Attempt, batch: Batch, strategy: str, device: str) ->
 def known_record(folder: Path) -> dict[str, Any]:
     """What run.json holds; if it is damaged or gone, what the newest checkpoint knows of it. Empty for a new run."""
     record = read_json(folder / RECORD)
-    if is_sealed(record):
+    if is_sealed(record) and _is_record(record):
         return record
     known = (store.read_manifest(path).get("record") for path in store.checkpoints(folder))
-    return next((record for record in known if record), {})
+    return next((record for record in known if record and _is_record(record)), {})
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it has the shape of what `open_attempt` writes: a digest that fits can be forged."""
+    kinds = {"attempts": int, "settings": dict, "changes": list, "stalled": int, "data": dict, "wandb_id": str}
+    return isinstance(record, dict) and all(isinstance(record.get(key, kind()), kind) for key, kind in kinds.items())
+
+
+def _unlike_a_run(manifest: dict[str, Any]) -> str | None:
+    """Why a run cannot go on from what this manifest describes, in words; None if it can."""
+    kinds = {"layout": str, "strategy": str, "world_size": int, "batch": dict, "record": dict}
+    if lacking := [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]:
+        return f"{store.MANIFEST} lacks {', '.join(lacking)}"
+    if not {"per_device", "total"} <= manifest["batch"].keys() or "device" not in manifest["record"]:
+        return f"{store.MANIFEST} lacks part of its batch or record"
+    return None
 
 
 def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
@@ -227,10 +248,10 @@ def move_aside(config: Config, attempt: Attempt) -> None:
         folder.rename(aside)
         folder.mkdir(mode=0o775)
         (aside / LOCK).unlink(missing_ok=True)
-        job = os.environ.get("VIT_DIST_JOB_ID")
-        if job and (aside / JOBS / job).is_dir():  # what this very job prints belongs to the new run
-            (folder / JOBS).mkdir()
-            (aside / JOBS / job).rename(folder / JOBS / job)
+        name = job()
+        if name and (aside / JOBS / name).is_dir():  # what this very job prints belongs to the new run
+            (folder / JOBS).mkdir(mode=0o775)
+            (aside / JOBS / name).rename(folder / JOBS / name)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be moved to {aside}: {error}") from None
     attempt.notes.append(f"--fresh: {attempt.replaces}; moved to {aside}; leave --fresh out to continue")
@@ -260,7 +281,7 @@ def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: di
         write_json(folder / CLASSES, {"classes": classes, "sha256": facts["data"]["classes"]})
         attempt.record = {
             "attempts": attempt.number,
-            "job": os.environ.get("VIT_DIST_JOB_ID"),
+            "job": job(),
             "launch": _launch(),
             "went_back_to": Path(asked).name if asked else before.get("went_back_to"),
             "wandb_id": attempt.wandb_id,
@@ -302,8 +323,8 @@ def _allow(config: Config, attempt: Attempt, changed: dict[str, tuple[Any, Any]]
 
 def _began_it(record: dict[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this very job began the run and was started again: `--fresh` was meant for its first start."""
-    restarted = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and record.get("launch") == _launch(environ)
-    return restarted or (record.get("job") is not None and record["job"] == environ.get("VIT_DIST_JOB_ID"))
+    restarted = integer("TORCHELASTIC_RESTART_COUNT", 0, environ) > 0 and record.get("launch") == _launch(environ)
+    return restarted or (record.get("job") is not None and record["job"] == job(environ))
 
 
 def _launch(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -385,9 +406,11 @@ def _newest_checkpoint(
 
     def problem(path: Path) -> str | None:
         if path not in broken:
-            run = store.read_manifest(path).get("run")
+            manifest = store.read_manifest(path)
+            run = manifest.get("run")
             other = "it is of another run" if run != record.get("wandb_id", run) else None
-            broken[path] = (store.damage(path) or other) if path.is_dir() else "it is missing"
+            found = (store.damage(path) or other or _unlike_a_run(manifest)) if path.is_dir() else "it is missing"
+            broken[path] = found
         return broken[path]
 
     def problem_of_both(path: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
 import traceback
@@ -17,12 +16,12 @@ from vit_dist import stop
 from vit_dist.callbacks.watchdog import Watchdog
 from vit_dist.config import Config
 from vit_dist.distributed import Peers, first_to_fail, is_lost_connection, launched_rank
+from vit_dist.environment import job
 from vit_dist.errors import LostProcess, UserError
 from vit_dist.redact import redact
 from vit_dist.run.attempts import Attempt
-from vit_dist.run.run_folder import environment, write_json, write_status
+from vit_dist.run.run_folder import FAILURE, environment, write_json, write_status
 
-FAILURE = "failure.json"
 OUT_OF_MEMORY = (
     "out of memory: lower --per_device_train_batch_size or make it `auto` (with --global_batch_size the steps stay the "
     "same), try --bf16 or --activation_checkpointing, or shard the model (launch/accelerate.sh zero2 or fsdp2); "
@@ -98,7 +97,7 @@ def write(
         "attempt": attempt.number,
         "rank": launched_rank(),
         "host": socket.gethostname(),
-        "job": os.environ.get("VIT_DIST_JOB_ID"),
+        "job": job(),
         "reason": redact(lost or reason),
         "traceback": redact("".join(traceback.format_exception(error))).splitlines(),
         **environment(),

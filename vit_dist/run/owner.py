@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vit_dist.checkpoint.store import make_folder
+from vit_dist.environment import job
 from vit_dist.errors import UserError
+from vit_dist.files import open_for_writing
 
 logger = logging.getLogger("vit_dist")
 
@@ -39,7 +41,7 @@ def owned(folder: Path, patience: float = PATIENCE, environ: Mapping[str, str] =
     owner = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "job": environ.get("VIT_DIST_JOB_ID"),
+        "job": job(environ),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     try:
@@ -61,7 +63,7 @@ def owned(folder: Path, patience: float = PATIENCE, environ: Mapping[str, str] =
 def _acquire(path: Path, patience: float) -> int:
     deadline = time.monotonic() + patience
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_for_writing(path, 0, mode=0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
@@ -85,5 +87,5 @@ def _describe(owner: bytes) -> str:
         known = json.loads(owner)
         job = f", job {known['job']}" if known["job"] else ""
         return f"process {known['pid']} on {known['host']}{job}, since {known['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.files import replacing
+from vit_dist.terminal import markdown, markdown_code, one_line
 
 CHECKED_IMAGES = 8
 
@@ -96,7 +97,7 @@ def write_model_card(
     versions: Mapping[str, str],
 ) -> None:
     """README.md of the exported model: data, recipe, results, and how to use it."""
-    base, name = config.model.model, config.output_dir.name
+    base, name = config.model.model, one_line(config.output_dir.name)
     on_hub = base != "tiny" and not Path(base).exists()
     splits = [split for split in ("test", "eval") if f"{split}_accuracy" in results]
     metadata = ModelCardData(
@@ -113,27 +114,27 @@ def write_model_card(
     }
     content = CARD.format(
         metadata=metadata.to_yaml(),
-        name=name,
-        base=base if on_hub or base == "tiny" else Path(base).name,
-        data="\n".join(f"- {line}" for line in description),
-        classes=", ".join(f"`{name}`" for name in classes[:50]) + (" and more" if len(classes) > 50 else ""),
+        name=markdown(name),
+        base=markdown_code(base if on_hub or base == "tiny" else Path(base).name),
+        data="\n".join(f"- {markdown(line)}" for line in description),
+        classes=", ".join(map(markdown_code, classes[:50])) + (" and more" if len(classes) > 50 else ""),
         which=f"The best of {results['train_steps']:,} steps by the validation split, step {results['best_step']:,}."
         if "best_step" in results
         else f"The model after step {results['train_steps']:,}, the last.",
         header=" | ".join(CARD_METRICS),
         rule="|---" * (2 + len(CARD_METRICS)) + "|",
         numbers="\n".join(_card_row(split, results) for split in splits),
-        settings="\n".join(f"| `{key}` | {value} |" for key, value in settings.items()),
+        settings="\n".join(f"| `{key}` | {markdown(str(value))} |" for key, value in settings.items()),
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
     )
-    ModelCard(content).save(folder / "README.md")
+    ModelCard(content, ignore_metadata_errors=True).save(folder / "README.md")
 
 
 def _eval_result(split: str, data: str, results: Mapping[str, Any]) -> EvalResult:
     return EvalResult(
         task_type="image-classification",
-        dataset_type="imagefolder" if Path(data).expanduser().exists() else data,
-        dataset_name=Path(data).name,
+        dataset_type="imagefolder" if Path(data).expanduser().exists() else one_line(data),
+        dataset_name=one_line(Path(data).name),
         dataset_split="validation" if split == "eval" else split,
         metric_type="accuracy",
         metric_value=results[f"{split}_accuracy"],
@@ -157,7 +158,7 @@ CARD = """---
 
 # {name}
 
-An image classifier, fine-tuned from `{base}` with vit_dist.
+An image classifier, fine-tuned from {base} with vit_dist.
 
 ## Use
 

@@ -16,7 +16,7 @@ from vit_dist.data.pipeline import ImageData
 from vit_dist.data.pixels import LEVELS
 from vit_dist.distributed import on_main
 from vit_dist.errors import UserError
-from vit_dist.files import remove, sync_folder, sync_tree
+from vit_dist.files import remove, settle_folder, sync_tree
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.run import failure, report, run_folder
 from vit_dist.run.attempts import Attempt
@@ -48,7 +48,7 @@ def conclude(
             logits, numbers = predict(trainer, one, metrics, prefix)
             results |= numbers
     folder = config.output_dir
-    partial = folder / ".best.partial"
+    partial = folder / run_folder.PARTIAL_BEST
     on_main(lambda: remove(partial))
     trainer.export(partial)
 
@@ -60,10 +60,10 @@ def conclude(
             report.check_export(partial, dataset, seen, logits, trainer.args.device, computed_in(trainer), levels)
             report.write_model_card(partial, config, data.description, data.classes, results, facts["versions"])
             sync_tree(partial)  # before status.json says that it is there
-            remove(folder / "best")
-            os.replace(partial, folder / "best")
-            sync_folder(folder)
-            report.write_predictions(folder / "predictions.parquet", dataset, split, data.classes, logits)
+            remove(folder / run_folder.BEST)
+            os.replace(partial, folder / run_folder.BEST)
+            settle_folder(folder)
+            report.write_predictions(folder / run_folder.PREDICTIONS, dataset, split, data.classes, logits)
             run_folder.write_json(folder / run_folder.RESULTS, results)
             failure.forget(folder)
         except OSError as error:

@@ -17,14 +17,20 @@ from typing import Any
 from vit_dist import console
 from vit_dist.checkpoint import store
 from vit_dist.checkpoint.store import make_folder
+from vit_dist.environment import job
 from vit_dist.errors import UserError
-from vit_dist.files import replacing
+from vit_dist.files import open_for_writing, read_object, refuse_links, replacing
 from vit_dist.redact import redact
 from vit_dist.run.owner import LOCK
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"
 JOBS = "jobs"  # what each job of a batch system printed; not of the run
+BEST, PARTIAL_BEST, PREDICTIONS, FAILURE = "best", ".best.partial", "predictions.parquet", "failure.json"
+WRITTEN = (  # every name in the folder that a run writes, but for checkpoints, which are renamed and never written
+    LOCK, store.STAGING, store.TRASH, CONFIG, CLASSES, RECORD, STATUS, METRICS, RESULTS, JOBS, BEST, PARTIAL_BEST,
+    PREDICTIONS, FAILURE, "logs", "profile", "wandb",
+)  # fmt: skip
 
 
 def describe(folder: Path) -> str:
@@ -32,9 +38,11 @@ def describe(folder: Path) -> str:
     status, results = read_json(folder / STATUS), read_json(folder / RESULTS)
     parts = [f"{folder}: {status.get('state', 'unknown')}"]
     parts += [
-        f"{kind} accuracy {results[key]:.4f}" for kind in ("eval", "test") if (key := f"{kind}_accuracy") in results
+        f"{kind} accuracy {found:.4f}"
+        for kind in ("eval", "test")
+        if isinstance(found := results.get(f"{kind}_accuracy"), (int, float))
     ]
-    parts += [f"stopped early at step {results['train_steps']}"] if results.get("stopped_early") else []
+    parts += [f"stopped early at step {results.get('train_steps')}"] if results.get("stopped_early") else []
     count = sum(map(store.is_committed, store.checkpoints(folder)))
     parts += [f"{count} checkpoint{'s' if count != 1 else ''}"] if count else []
     return ", ".join(parts)
@@ -79,7 +87,7 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "job": os.environ.get("VIT_DIST_JOB_ID"),
+        "job": job(),
     }
     write_json(folder / STATUS, {**facts, **{k: redact(v) if isinstance(v, str) else v for k, v in details.items()}})
 
@@ -91,11 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file, empty if there is none or it was cut short."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_object(path)
 
 
 def is_new(folder: Path) -> bool:
@@ -104,20 +108,24 @@ def is_new(folder: Path) -> bool:
 
 def keep_output(folder: Path, rank: int, environ: Mapping[str, str] = os.environ) -> None:
     """In a job of a batch system (VIT_DIST_JOB_ID), keep what this rank prints in jobs/<job>/rank-<rank>.log."""
-    job = environ.get("VIT_DIST_JOB_ID")
-    if job is None:
+    name = job(environ)
+    if name is None:
         return
-    path = folder / JOBS / job / f"rank-{rank}.log"
+    path = folder / JOBS / name / f"rank-{rank}.log"
     try:
-        make_folder(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        make_folder(path.parent)
+        refuse_links([path.parents[1], path.parent])
+        log = open_for_writing(path, os.O_APPEND)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
-    console.keep(path)
+    console.keep(log)
 
 
 def aside_of(folder: Path) -> Path:
     """<folder>.previous, or the first of <folder>.previous-2, -3, ... that is free: nothing is ever overwritten."""
     first = folder.resolve().with_name(folder.resolve().name + ".previous")
-    return next(p for n in itertools.count(1) if not (p := first if n == 1 else Path(f"{first}-{n}")).exists())
+    return next(
+        p
+        for n in itertools.count(1)
+        if not (p := first if n == 1 else Path(f"{first}-{n}")).exists() and not p.is_symlink()
+    )

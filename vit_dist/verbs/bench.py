@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
-from vit_dist import console, entry
+from vit_dist import console, distributed, entry
 from vit_dist.config import Config, load_config
 from vit_dist.cost.peak import copy_rate, matmul_flops, settle
 from vit_dist.errors import UserError
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"--{name} {path}: there is no folder {path.absolute().parent}")
         if asked.steps < 1:
             raise UserError(f"--steps {asked.steps}: give at least 1")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if distributed.launched_world_size() > 1:
             raise UserError("bench measures one process; start it without a launcher")
         found = run(load_config(rest), asked.steps)
         if asked.json:

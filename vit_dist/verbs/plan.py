@@ -21,6 +21,7 @@ from vit_dist.config import Config, load_config
 from vit_dist.cost import measured
 from vit_dist.errors import UserError
 from vit_dist.run import run_folder
+from vit_dist.terminal import show
 from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, read_machines
 from vit_dist.verbs.parser import Parser
 from vit_dist.verbs.plan_text import render
@@ -37,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         console.show_error(f"error: {error}")
         return 2
-    sys.stdout.write(
-        json.dumps(plan, indent=2, allow_nan=False) + "\n" if asked.json else "\n".join(render(plan)) + "\n"
-    )
+    show(json.dumps(plan, indent=2, allow_nan=False).split("\n") if asked.json else render(plan))
     return 0 if plan["fits"] is not False else 1
 
 

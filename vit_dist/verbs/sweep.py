@@ -29,6 +29,7 @@ import yaml
 from vit_dist import settings_file
 from vit_dist.errors import UserError
 from vit_dist.settings_file import Setting
+from vit_dist.terminal import show
 from vit_dist.verbs.parser import Parser
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None, train: Callable[[list[str]], int] | 
 
             return train_here(arguments)
         else:
-            sys.stdout.write("\n".join([*table(sweep, check(sweep, flags), flags), ""]))
+            show(table(sweep, check(sweep, flags), flags))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -15,6 +15,7 @@ from pathlib import Path
 from vit_dist import console, entry
 from vit_dist.callbacks.wandb import base_url, logged_in, unreachable
 from vit_dist.errors import UserError
+from vit_dist.files import open_for_writing
 from vit_dist.redact import redact
 from vit_dist.run.owner import owned
 from vit_dist.verbs.parser import Parser
@@ -82,7 +83,7 @@ def _push(attempt: Path) -> str:
     said = done.stdout + done.stderr
     if not _is_pushed(attempt) and CUT_SHORT in said:
         for log in attempt.glob("*.wandb"):
-            log.with_suffix(".wandb.synced").touch()
+            os.close(open_for_writing(log.with_suffix(".wandb.synced"), 0))
         return ", whose end is missing: the job was killed"
     if not _is_pushed(attempt):  # it leaves with 0 also where it could not
         lines = said.strip().splitlines() or [f"exit code {done.returncode}"]
