@@ -62,7 +62,8 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
             settings["logging_dir"] = str(config.logging_dir)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.logging_dir)
     try:
-        return TrainingArguments(**settings)
+        with distributed.joining():
+            return TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
         hint = ""
         if "round multiple" in str(error):  # with save_steps and eval_steps

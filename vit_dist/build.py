@@ -16,10 +16,12 @@ from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import Config
 from vit_dist.cost.flops import count_flops
 from vit_dist.cost.peak import matmul_flops
+from vit_dist.data import shared_memory
 from vit_dist.data.pipeline import ImageData, build_data
 from vit_dist.data.pixels import Pixels
 from vit_dist.data.resident import place_images
 from vit_dist.data.workers import choose_workers
+from vit_dist.environment import integer
 from vit_dist.errors import UserError
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.model import BuiltModel, build_model
@@ -72,6 +74,7 @@ def build(
         peak = matmul_flops(args.device, config.precision)
         args.dataloader_num_workers, note = choose_workers(data.train, flop, peak, args.dataloader_num_workers)
         data.description.append(note)
+    _fit_shared_memory(config, args, data, pixels)
     if args.dataloader_num_workers > (cores := distributed.cores()):
         data.description.append(
             f"{args.dataloader_num_workers} data loading processes on {cores} cores: more of them slow each other"
@@ -80,6 +83,26 @@ def build(
     blocks.speed_up(model.model, pixels, compilation, config.model.bf16_residual, args.device)
     trainer = build_trainer(config, args, data, model.model, metrics, writer, pixels, compilation.on)
     return Built(batch, data, model, metrics, trainer, compilation, source)
+
+
+def _fit_shared_memory(config: Config, args: TrainingArguments, data: ImageData, pixels: Pixels | None) -> None:
+    """Start no more data loading processes than /dev/shm has room for (all ranks participate): where it is too small
+    for a batch, the run would stand still.
+
+    Raises UserError on every rank if the user asked for that many.
+    """
+    processes = integer("LOCAL_WORLD_SIZE", 1, least=1)
+    found = distributed.gather(shared_memory.room(args, data.input_size, pixels is not None, processes))
+    tight = [room for room in found if room is not None and room.fitting < room.workers]
+    if not tight:
+        return
+    tightest = min(tight, key=lambda room: room.fitting)
+    if config.training["dataloader_num_workers"] is not None:
+        raise UserError(f"{tightest.needed}: {shared_memory.CURE}, or --dataloader_num_workers {tightest.fitting}")
+    data.description.append(f"{tightest.fitting} data loading processes: {tightest.needed}; {shared_memory.CURE}")
+    args.dataloader_num_workers = tightest.fitting
+    if not tightest.fitting:
+        args.dataloader_persistent_workers, args.dataloader_prefetch_factor = False, None
 
 
 def _placed(

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from vit_dist.options import (
     ScalingOptions,
 )
 from vit_dist.settings_file import Setting
+from vit_dist.terminal import one_line
 
 DEFAULT_RECIPE = "digits"
 OF_ONE_START = ("fresh", "resume_from_checkpoint", "allow_change")  # not of the run
@@ -149,6 +151,9 @@ def write_config(config: Config, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         yaml.safe_dump(config.resolved(), file, sort_keys=False, allow_unicode=True)
 
+
+# Beside a run's folder lies <name>.previous-<n>; in it, temporary files with longer names than their own.
+LONGEST_NAME, LONGEST_PATH = 239, 3800  # bytes
 
 _GIVEN = "given"  # the flags that were on the command line, gathered while parsing
 
@@ -305,8 +310,7 @@ def _refuse_secrets(keys: Iterable[str], where: str = "command line") -> None:
 
 
 def _refuse_values(settings: dict[str, Any]) -> None:
-    if any(ord(letter) < 32 for letter in settings["output_dir"]):
-        raise UserError(f"output_dir={settings['output_dir']!r}: a line break or another control character in it")
+    _refuse_names(settings)
     for key, (value, reason) in REFUSED.items():
         if settings.get(key) == value:
             raise UserError(f"{key}={value} is not supported: {reason}")
@@ -340,6 +344,28 @@ def _refuse_values(settings: dict[str, Any]) -> None:
         )
     if settings["max_steps"] != -1 and settings["max_steps"] < 1:
         raise UserError(f"max_steps={settings['max_steps']}: give at least 1, or leave it out to train whole epochs")
+
+
+def _refuse_names(settings: dict[str, Any]) -> None:
+    """Raise UserError for text that no file or log can hold, and for an output_dir that cannot be one."""
+    for key, value in settings.items():
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise UserError(f"{key}={value}: not valid UTF-8; rename it, or reach it by a link with another name")
+        if isinstance(value, str) and value.startswith("~"):
+            try:
+                Path(value).expanduser()
+            except RuntimeError:
+                raise UserError(f"{key}={value}: there is no such home directory; write the whole path") from None
+    output_dir = settings["output_dir"]
+    if one_line(output_dir) != output_dir:
+        raise UserError(f"output_dir={output_dir}: a line break or another control character in it")
+    for part in Path(output_dir).parts:
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            raise UserError(
+                f"output_dir: {part[:40]}... has {len(os.fsencode(part))} bytes; give names of at most {LONGEST_NAME}"
+            )
+    if len(os.fsencode(os.path.abspath(output_dir))) > LONGEST_PATH:
+        raise UserError(f"output_dir={output_dir[:80]}...: give a path of at most {LONGEST_PATH} bytes")
 
 
 def _follow_strategies(settings: dict[str, Any], given: set[str]) -> None:

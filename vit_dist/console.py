@@ -11,9 +11,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from vit_dist.files import open_for_writing
 from vit_dist.terminal import lines, one_line, open_standard_streams, show
 
 logger = logging.getLogger("vit_dist")
@@ -57,11 +59,12 @@ def set_up(rank: int) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def keep(log: int) -> None:
-    """From here on, all that this process and its children write to stdout and stderr is also appended to an open file.
+def keep(path: Path) -> None:
+    """From here on, all that this process and its children write to stdout and stderr is also appended to a file.
 
     By `tee`, outside of this process, so that the last words of one that is killed are kept too.
     """
+    log = open_for_writing(path, os.O_APPEND)
     tee = subprocess.Popen(["sh", "-c", OUTLIVE, "tee", f"/dev/fd/{log}"], stdin=subprocess.PIPE, pass_fds=[log])
     os.close(log)
     assert tee.stdin is not None

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
+import select
+import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,8 +20,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from vit_dist import stop
 from vit_dist.environment import integer, job
 from vit_dist.errors import UserError
+from vit_dist.terminal import one_line
 
 T = TypeVar("T")
 
@@ -201,6 +208,51 @@ def cores(environ: Mapping[str, str] = os.environ) -> int:
     usable = len(os.sched_getaffinity(0))
     share = min(usable, integer("VIT_DIST_CPUS", usable, environ)) // integer("LOCAL_WORLD_SIZE", 1, environ, least=1)
     return max(1, share)
+
+
+@contextlib.contextmanager
+def joining(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Around what joins the process group: say what is waited for, and let the first signal end the process.
+
+    The wait is a call of PyTorch's, during which Python runs no signal handler: a thread hears of signals instead.
+    """
+    world = launched_world_size(environ)
+    if world == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    address = f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}"
+    waited = f"waiting for {world} processes at {address}"
+    # One process of each host speaks, and those of other hosts only if rank 0 may be the one that is missing.
+    patience = 10.0 if launched_rank(environ) == 0 else 30.0 if integer("LOCAL_RANK", 0, environ) == 0 else math.inf
+    over, (read, write) = threading.Event(), os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        begun, told = time.monotonic(), False
+        while not over.is_set():
+            heard = os.read(read, 1) if select.select([read], [], [], 0.2)[0] else b""
+            if heard and heard[0] in stop.SIGNALS and not over.wait(1.0):  # else its handler has run
+                sys.stderr.write(f"stopped ({signal.Signals(heard[0]).name}) while {waited}\n")
+                sys.stderr.flush()
+                os._exit(stop.EXIT_CODE)
+            if not told and time.monotonic() - begun > patience:
+                told = True
+                sys.stderr.write(
+                    one_line(f"{waited}; to train in one process, unset WORLD_SIZE, RANK and MASTER_ADDR") + "\n"
+                )
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=watch, name="joining", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        thread.join()
+        os.close(read)
+        os.close(write)
 
 
 def leave() -> None:

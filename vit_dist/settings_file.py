@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -64,6 +64,8 @@ def texts(node: yaml.Node) -> list[str]:
 
 def _text(node: yaml.Node) -> str:
     """Upstream takes JSON for its dictionaries."""
+    if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+        raise UserError(f"line {node.start_mark.line + 1} holds half of a character (a lone surrogate)")
     if isinstance(node, yaml.ScalarNode) and "\0" not in node.value:  # a command line cannot hold one
         return node.value
     try:
@@ -73,7 +75,14 @@ def _text(node: yaml.Node) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 has it, `1e-3` is a number."""
+    """As YAML 1.2 has it, `1e-3` is a number. Anchors and aliases are refused: a few lines of them become gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            said = "anchors (&) and aliases (*) are not supported, write the value out"
+            raise yaml.composer.ComposerError(None, None, said, event.start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(

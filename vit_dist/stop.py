@@ -8,6 +8,7 @@ the process.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import time
@@ -99,9 +100,16 @@ def shield_worker(worker: int = 0) -> None:
     """`worker_init_fn` of data loading processes: batch systems signal every process of a job, and a worker that died
     of it would take the run down before its checkpoint. It ends with its owner, or `WORKER_GRACE` s after a SIGTERM.
     """
+    # A batch that cannot be handed over (no room in /dev/shm) would be dropped, and its owner wait for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
+
+
+def _give_up(error: Exception, batch: Any) -> None:
+    """End this data loading process; its owner notices at once. A hook of `multiprocessing`, for subclasses."""
+    os._exit(1)
 
 
 def end_workers() -> None:

@@ -58,6 +58,7 @@ def train(config: Config) -> None:
         if attempt.finished:
             console.say(attempt.finished)
             return
+        attempt.processes = distributed.gather((socket.gethostname(), os.getpid()))
         watchdog = held.enter_context(failure.watchdog(config, attempt))
         with failure.interruption_recorded(config.output_dir, attempt):
             fit(config, args, batch, asked, attempt, watchdog, idle_gpus, held)
@@ -104,10 +105,9 @@ def fit(
         distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
     attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
     trainer.facts = attempts.manifest_facts(attempt, batch)
-    processes = distributed.gather((socket.gethostname(), os.getpid()))
     if config.run.profile:
         trainer.add_callback(Profile(config.output_dir / "profile", config.run.profile, args.process_index))
-    with failure.recorded(config.output_dir, attempt, trainer.whereabouts, processes):
+    with failure.recorded(config.output_dir, attempt, trainer.whereabouts):
         reporting = None
         if args.process_index == 0:
             reporting = trackers.open_trackers(config, attempt, facts, trainer, data.input_size)

@@ -163,7 +163,7 @@ def test_data_loading_processes_survive_a_signal_to_every_process(lab: Lab, wher
     job = lab.start(folder, "--dataloader_num_workers", 2, "--max_steps", 3000, *more, fault=fault)
     if where == "evaluation":
         deadline = time.monotonic() + 60
-        while len(psutil.Process(job.pids[0]).children()) < 4:  # of training and of the evaluation
+        while len(psutil.Process(job.pids[0]).children()) < 5:  # of training and evaluation, and the watchdog's
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.5)  # they have begun

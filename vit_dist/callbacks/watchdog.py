@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +22,45 @@ from vit_dist.terminal import one_line
 
 PERIOD = 0.5  # seconds
 GRACE = 5.0  # seconds that a process has to end by itself
+SHOW_STACKS = signal.SIGRTMIN + 1
+
+# Runs in a process of its own, because a thread that holds the interpreter's lock for ever stops every other thread. It
+# kills its parent if it hears nothing for `limit` seconds. Seconds in which either of them is suspended do not count:
+# a timer within the parent (faulthandler's) would end a healthy process as soon as it is continued.
+KEEPER = """
+import os, select, signal, sys, time
+
+owner, limit, stacks = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_IGN)
+
+def suspended():
+    try:
+        with open(f"/proc/{owner}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
+
+watched, silent, before = False, 0.0, time.monotonic()
+while os.getppid() == owner:
+    ready = select.select([0], [], [], 1.0)[0]
+    now = time.monotonic()
+    passed, before = now - before, now
+    if ready:
+        said = os.read(0, 65536)
+        if not said:
+            break
+        watched, silent = said[-1:] == b"w", 0.0
+    elif not watched or passed > 3.0 or suspended():
+        silent = 0.0
+    else:
+        silent += passed
+    if silent > limit:
+        os.kill(owner, stacks)
+        time.sleep(1.0)
+        os.kill(owner, signal.SIGKILL)
+        break
+"""
 
 
 class Watchdog(TrainerCallback):
@@ -50,6 +91,7 @@ class Watchdog(TrainerCallback):
         self._over = threading.Event()
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         self._launcher = os.getppid() if launched else None
+        self._keeper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -57,7 +99,9 @@ class Watchdog(TrainerCallback):
 
     def __exit__(self, *exception: Any) -> None:
         self._over.set()
-        faulthandler.cancel_dump_traceback_later()
+        if self._keeper is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._keeper.communicate(timeout=GRACE)  # it ends with its input
 
     def beat(self, *args: Any, **kwargs: Any) -> None:
         """This process gets on. Called several times in a step."""
@@ -66,7 +110,7 @@ class Watchdog(TrainerCallback):
     def rest(self, *args: Any, **kwargs: Any) -> None:
         """Until the next `beat`, nothing is expected of this process."""
         self._beat = None
-        faulthandler.cancel_dump_traceback_later()
+        self._tell_keeper(b"r")
 
     def keep_alive(self) -> None:
         """As `beat`, where something is expected; from any thread."""
@@ -79,13 +123,16 @@ class Watchdog(TrainerCallback):
     ) = beat
 
     def _watch(self) -> None:
-        failed_since, orphan_since = None, None
+        failed_since, orphan_since, before = None, None, time.monotonic()
         while not self._over.wait(PERIOD):
-            now, beat = time.monotonic(), self._beat
+            now = time.monotonic()
+            if (suspended := now - before - PERIOD) > PERIOD:  # Ctrl-Z, `scontrol suspend`: it could not get on
+                self._beat = None if self._beat is None else min(now, self._beat + suspended)
+                failed_since = failed_since and failed_since + suspended
+                orphan_since = orphan_since and orphan_since + suspended
+            beat = self._beat
             if self.timeout and beat is not None:
-                # Python's own watchdog needs no lock of the interpreter: it ends a process that holds it for ever, and
-                # so this thread, too. Making it costs a thread, which is why `beat` does not.
-                faulthandler.dump_traceback_later(self.timeout + 2 * GRACE, exit=True)
+                self._tell_keeper(b"w")
             if self._launcher is not None and os.getppid() != self._launcher:
                 orphan_since = orphan_since or now
                 self._ask_to_stop("the launcher's end")
@@ -104,6 +151,22 @@ class Watchdog(TrainerCallback):
                 if self.timeout and idle > self.timeout / 2:
                     self._dump()
                 self._leave("another process failed")
+            before = time.monotonic()
+
+    def _tell_keeper(self, what: bytes) -> None:
+        """Whether this process is watched. The keeper is started when there is something to watch."""
+        if self._keeper is None and what == b"w":
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr with a descriptor, in a notebook
+                faulthandler.register(SHOW_STACKS, file=sys.stderr)
+            arguments = [str(os.getpid()), str(self.timeout + 2 * GRACE), str(int(SHOW_STACKS))]
+            with contextlib.suppress(OSError):  # no more processes: it is not watched then
+                self._keeper = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", KEEPER, *arguments],
+                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+        if self._keeper is not None and self._keeper.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # it is gone
+                os.write(self._keeper.stdin.fileno(), what)
 
     @property
     def _stacks(self) -> Path:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from vit_dist.data.cache import locked
 from vit_dist.errors import UserError
-from vit_dist.files import replacing
+from vit_dist.files import is_run_folder, replacing
 
 # fmt: off
 IMAGE_EXTENSIONS = frozenset([
@@ -84,6 +84,8 @@ def _scan(root: Path) -> _Scan:
                 entries = list(listing)
         except OSError as error:
             raise UserError(f"cannot read the folder {root / relative}: {error.strerror}") from error
+        if relative and {"status.json", ".lock"} & {entry.name for entry in entries} and is_run_folder(root / relative):
+            continue  # what a run leaves is never data, wherever its folder lies
         identity = (stat.st_dev, stat.st_ino)
         if identity in parents:
             continue  # a link to a folder that it lies in

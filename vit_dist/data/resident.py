@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from vit_dist import stop
 from vit_dist.data import image_cache
 from vit_dist.data.dataset import ByteDataset, ImageDataset
 from vit_dist.data.image_cache import CachedDataset
@@ -227,7 +228,13 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor | None:
 def _decoded(dataset: ImageDataset, workers: int) -> torch.Tensor | None:
     """All images of a split, or None if they are not of one size."""
     many = len(dataset) >= _BY_WORKERS
-    loader = DataLoader(_Decoded(dataset), 256, collate_fn=_stacked, num_workers=workers if many else 0)
+    loader = DataLoader(
+        _Decoded(dataset),
+        256,
+        collate_fn=_stacked,
+        num_workers=workers if many else 0,
+        worker_init_fn=stop.shield_worker,
+    )
     held, begin = torch.empty(0), 0
     for images in loader:
         if images is None or (begin and images.shape[1:] != held.shape[1:]):

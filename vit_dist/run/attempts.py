@@ -80,6 +80,7 @@ class Attempt:
     replaces: str | None = None  # the earlier run that `--fresh` moves aside
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # what run.json says of it, once it is open
+    processes: list[tuple[str, int]] = field(default_factory=list)  # host and process id of each rank
 
 
 def check(config: Config) -> None:
@@ -136,6 +137,11 @@ def split_to_keep(attempt: Attempt, batch: Batch, strategy: str, device: str) ->
     if not attempt.checkpoint or any(change["attempt"] == attempt.number for change in attempt.changes):
         return None
     manifest = store.read_manifest(Path(attempt.checkpoint))
+    if lacking := _lacks(manifest):
+        raise UserError(
+            f"{Path(attempt.checkpoint) / store.MANIFEST} lacks {', '.join(lacking)}: no run wrote it like that; move "
+            "the checkpoint away to go on from an older one"
+        )
     split, now = manifest["batch"], (strategy, batch.world_size, batch.total, device)
     made = (manifest["strategy"], manifest["world_size"], split["total"], manifest["record"]["device"])
     return split["per_device"] if made == now else None
@@ -156,14 +162,12 @@ def _is_record(record: Any) -> bool:
     return isinstance(record, dict) and all(isinstance(record.get(key, kind()), kind) for key, kind in kinds.items())
 
 
-def _unlike_a_run(manifest: dict[str, Any]) -> str | None:
-    """Why a run cannot go on from what this manifest describes, in words; None if it can."""
-    kinds = {"layout": str, "strategy": str, "world_size": int, "batch": dict, "record": dict}
-    if lacking := [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]:
-        return f"{store.MANIFEST} lacks {', '.join(lacking)}"
-    if not {"per_device", "total"} <= manifest["batch"].keys() or "device" not in manifest["record"]:
-        return f"{store.MANIFEST} lacks part of its batch or record"
-    return None
+def _lacks(manifest: dict[str, Any]) -> list[str]:
+    """What a manifest does not say of its run, or says in another form."""
+    kinds = {"strategy": str, "world_size": int, "batch": dict, "record": dict}
+    lacking = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    parts = {"batch": ("per_device", "total"), "record": ("device",)}
+    return lacking or [f"{key}.{part}" for key, names in parts.items() for part in names if part not in manifest[key]]
 
 
 def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
@@ -406,11 +410,9 @@ def _newest_checkpoint(
 
     def problem(path: Path) -> str | None:
         if path not in broken:
-            manifest = store.read_manifest(path)
-            run = manifest.get("run")
+            run = store.read_manifest(path).get("run")
             other = "it is of another run" if run != record.get("wandb_id", run) else None
-            found = (store.damage(path) or other or _unlike_a_run(manifest)) if path.is_dir() else "it is missing"
-            broken[path] = found
+            broken[path] = (store.damage(path) or other) if path.is_dir() else "it is missing"
         return broken[path]
 
     def problem_of_both(path: Path) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from vit_dist import stop
 from vit_dist.callbacks.watchdog import Watchdog
 from vit_dist.config import Config
+from vit_dist.data import shared_memory
 from vit_dist.distributed import Peers, first_to_fail, is_lost_connection, launched_rank
 from vit_dist.environment import job
 from vit_dist.errors import LostProcess, UserError
@@ -31,15 +32,32 @@ OUT_OF_MEMORY = (
 
 @contextlib.contextmanager
 def interruption_recorded(folder: Path, attempt: Attempt) -> Iterator[None]:
-    """Any rank: if it is asked to stop before training, status.json says so. Later all ranks stop together."""
+    """Any rank, before training: if it is asked to stop, status.json says so. Later all ranks stop together.
+
+    A launcher also asks the others to stop when a process is gone. One that was asked itself says so before it ends, so
+    the first to say anything, who misses another process, was asked because that one was killed.
+    """
     try:
         yield
     except stop.Interrupted as asked:
-        if not asked.agreed and not attempt.replaces and first_to_fail():
+        if asked.agreed or not first_to_fail():
+            raise
+        if lost := _describe_lost(attempt.processes, patience=0.0, known=True):
+            if not attempt.replaces:
+                write(folder, asked, attempt, dict, lost)
+            raise LostProcess(lost) from asked
+        if not attempt.replaces:
             by = f"{asked} on rank {launched_rank()}"
             with contextlib.suppress(OSError):
                 write_status(folder, "preempted", attempt=attempt.number, step=attempt.begins_at, by=by)
         raise
+    except Exception as error:
+        if isinstance(error, LostProcess) or not is_lost_connection(error):
+            raise
+        lost = _describe_lost(attempt.processes)
+        if first_to_fail() and not attempt.replaces:
+            write(folder, error, attempt, dict, lost)
+        raise LostProcess(lost) from error
 
 
 @contextlib.contextmanager
@@ -47,23 +65,27 @@ def recorded(
     folder: Path,
     attempt: Attempt,
     whereabouts: Callable[[], dict[str, Any]],
-    processes: Sequence[tuple[str, int]] = (),
 ) -> Iterator[None]:
     """Any rank: if the block fails here first, status.json and failure.json say so.
 
-    `whereabouts` says what this rank was at, `committed` being the step that the run goes on from. `processes` are the
-    (host, pid) of each rank: one that was killed cannot write anything itself.
+    `whereabouts` says what this rank was at, `committed` being the step that the run goes on from. A rank that was
+    killed cannot write anything itself; another one does.
     """
     try:
         yield
     except stop.Interrupted:
         raise
     except BaseException as error:
-        lost = is_lost_connection(error) and _describe_lost(processes)
+        lost = is_lost_connection(error) and _describe_lost(attempt.processes)
         if first_to_fail():
             write(folder, error, attempt, whereabouts, lost or None)
         if lost:
             raise LostProcess(lost) from error
+        if is_out_of_shared_memory(error):
+            raise UserError(
+                f"a data loading process ended, and {shared_memory.FOLDER} has {shared_memory.free_bytes() or 0:,} "
+                f"bytes free: {shared_memory.CURE}, or lower --dataloader_num_workers. Rank {launched_rank()}"
+            ) from error
         if is_out_of_memory(error):
             numbers = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory().items())
             raise UserError(f"{OUT_OF_MEMORY}. Rank {launched_rank()}: {numbers}") from error
@@ -118,13 +140,20 @@ def forget(folder: Path) -> None:
     (folder / FAILURE).unlink(missing_ok=True)
 
 
-def _describe_lost(processes: Sequence[tuple[str, int]], patience: float = 2.0) -> str:
-    """Which of the job's processes on this host are gone; a dead one may be seen a moment later than its connection."""
-    host, deadline, gone = socket.gethostname(), time.monotonic() + patience, list[str]()
-    while not gone and time.monotonic() < deadline:
+def _describe_lost(processes: Sequence[tuple[str, int]], patience: float = 2.0, known: bool = False) -> str:
+    """Which of the job's processes on this host are gone; a dead one may be seen a moment later than its connection.
+
+    Empty if none is, and only those that are `known` to be gone count.
+    """
+    host, deadline = socket.gethostname(), time.monotonic() + patience
+    while True:
         dead = [(rank, pid) for rank, (at, pid) in enumerate(processes) if at == host and _gone(pid)]
         gone = [f"rank {rank} (process {pid} on {host})" for rank, pid in dead]
+        if gone or time.monotonic() >= deadline:
+            break
         time.sleep(0.05)
+    if known and not gone:
+        return ""
     who = " and ".join(gone) or "a process of another host"
     return f"{who} is gone: killed from outside, or out of memory"
 
@@ -141,6 +170,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """On the GPU, or on the host as PyTorch's CPU allocator says it."""
     host = isinstance(error, RuntimeError) and "not enough memory" in str(error)
     return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def is_out_of_shared_memory(error: BaseException) -> bool:
+    """A data loading process is gone, and it was PyTorch's batches that had no room."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return False
+    free = shared_memory.free_bytes()
+    return "Bus error" in str(error) or (free is not None and free < shared_memory.LITTLE)
 
 
 def memory() -> dict[str, int]:

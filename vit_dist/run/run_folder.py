@@ -19,7 +19,7 @@ from vit_dist.checkpoint import store
 from vit_dist.checkpoint.store import make_folder
 from vit_dist.environment import job
 from vit_dist.errors import UserError
-from vit_dist.files import open_for_writing, read_object, refuse_links, replacing
+from vit_dist.files import read_object, refuse_links, replacing
 from vit_dist.redact import redact
 from vit_dist.run.owner import LOCK
 
@@ -115,10 +115,9 @@ def keep_output(folder: Path, rank: int, environ: Mapping[str, str] = os.environ
     try:
         make_folder(path.parent)
         refuse_links([path.parents[1], path.parent])
-        log = open_for_writing(path, os.O_APPEND)
+        console.keep(path)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
-    console.keep(log)
 
 
 def aside_of(folder: Path) -> Path:
