@@ -8,7 +8,12 @@
 set -euo pipefail
 set -m  # the command in a process group of its own: whatever is sent to this script's group is not meant for it
 
-grace=$((${PET_SHUTDOWN_TIMEOUT:-110} + 10))  # seconds; the launchers themselves kill after the first
+PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-110}
+[[ $PET_SHUTDOWN_TIMEOUT =~ ^(0|[1-9][0-9]{0,4})$ ]] || {
+  printf "error: PET_SHUTDOWN_TIMEOUT is '%s'; set it to a whole number of seconds\n" "$PET_SHUTDOWN_TIMEOUT" >&2
+  exit 2
+}
+grace=$((PET_SHUTDOWN_TIMEOUT + 10))  # seconds; the launchers themselves kill after the first
 mark=VIT_DIST_SSH=$HOSTNAME.$$.$RANDOM  # found in /proc: torchrun's workers have sessions of their own, and lose parents
 
 marked() { grep -lszxF -- "$mark" /proc/[0-9]*/environ | cut -d/ -f3 || true; }

@@ -166,6 +166,7 @@ END
 # to commit a checkpoint before they are killed. vit_dist/cli.py has the same.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-110}
+whole PET_SHUTDOWN_TIMEOUT 0 86400
 
 start() {  # start COMMAND...: in place of this shell, so that signals reach it; or show it
   local line cores command=(env)

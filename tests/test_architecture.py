@@ -167,7 +167,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.run_folder", "verbs.parser",
     },
     "verbs.sync": {"files", "callbacks.wandb", "console", "entry", "errors", "run.owner", "redact", "verbs.parser"},
-    "cli": {"terminal", "errors", "__init__", "verbs.sweep"},  # and the module of each verb, by its name
+    "cli": {"environment", "terminal", "errors", "__init__", "verbs.sweep"},  # and the module of each verb, by its name
 }  # fmt: skip
 
 

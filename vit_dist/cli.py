@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vit_dist import __version__, errors
+from vit_dist import __version__, environment, errors
 from vit_dist.terminal import one_line, open_standard_streams
 
 VERBS = {
@@ -86,6 +86,7 @@ def _run(verb: str, argv: list[str]) -> int:
     gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
     command = launch_command(argv, gpus, name)
     if command is not None:
+        environment.integer("PET_SHUTDOWN_TIMEOUT", 110)  # torchrun would end with its usage
         os.environ.update({**FOR_LAUNCHERS, **os.environ})
         os.execv(command[0], command)
     return module.main(argv)

@@ -31,6 +31,7 @@ def run(body: Callable[[], int], interrupted: str) -> int:
 def _run(body: Callable[[], int], interrupted: str) -> int:
     try:
         code = body()
+        stop.ignore()  # what was asked for is done; a signal now would only change the exit code
         distributed.leave()
         return code
     except UserError as error:

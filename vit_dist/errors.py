@@ -45,15 +45,33 @@ _OF_THE_MACHINE = {
 }
 
 
-def of_the_machine(error: BaseException) -> str | None:
+_OUT_OF_MEMORY = "no memory is left on this machine, or the limit is too low (ulimit -v, the job's memory)"
+_SAID = {  # by libraries, in errors of no type of their own
+    "Could not determine home directory": "the home directory of this user is not known; set HOME",
+    "uid not found": "this user has no entry in the list of users; set HOME and USER",
+    "Not enough disk space": _OF_THE_MACHINE[errno.ENOSPC],
+    "allocate memory": _OUT_OF_MEMORY,
+    "not enough memory": _OUT_OF_MEMORY,
+    "failed to map segment": _OUT_OF_MEMORY,
+    "can't start new thread": "no further thread can be started; raise the limit of processes (ulimit -u) or of memory",
+}
+
+
+def of_the_machine(error: BaseException | None) -> str | None:
     """One line for an error that no change of the program can help; None for every other one."""
-    if isinstance(error, MemoryError):
-        return "no memory is left on this machine, or the limit is too low (ulimit -v, the job's memory)"
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-        where = f"{str(error.filename)[:200]}: " if error.filename else ""
-        return one_line(f"{where}{_OF_THE_MACHINE[error.errno]}")
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
-        return "the home directory of this user cannot be determined; set HOME, and write paths without ~"
+    for _ in range(5):  # libraries raise their own from it
+        if error is None:
+            break
+        if isinstance(error, MemoryError):
+            return _OUT_OF_MEMORY
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            where = f"{str(error.filename)[:200]}: " if error.filename else ""
+            return one_line(f"{where}{_OF_THE_MACHINE[error.errno]}")
+        if isinstance(error, (RuntimeError, OSError, ImportError, KeyError)):
+            for said, line in _SAID.items():
+                if said in str(error):
+                    return line
+        error = error.__cause__
     return None
 
 

@@ -61,6 +61,13 @@ def test_numbers_in_variables_are_read(text: str, number: int) -> None:
 # Errors of the machine
 
 
+def wrapped(cause: Exception) -> Exception:
+    """As a library raises its own error from it."""
+    error = RuntimeError("generating the data failed")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -70,6 +77,10 @@ def test_numbers_in_variables_are_read(text: str, number: int) -> None:
         (OSError(36, "File name too long", "a" * 300), "the name is too long"),
         (MemoryError(), "no memory is left"),
         (RuntimeError("Could not determine home directory."), "set HOME"),
+        (KeyError("getpwuid(): uid not found: 12345"), "set HOME and USER"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (ImportError("libx.so: failed to map segment from shared object"), "no memory is left"),
+        (wrapped(OSError(28, "No space left on device")), "the disk is full"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(capsys: pytest.CaptureFixture[str], error: Exception, said: str) -> None:
@@ -168,21 +179,26 @@ def test_a_manifest_without_batch_or_record_is_one_line(tmp_path: Path, facts: d
 # Run folders among the data
 
 
+def listed(data: Path, cache: Path) -> tuple[list[str], list[str]]:
+    index = folder_index(data, cache)
+    return list(map(str, index.images)), index.tables
+
+
 def test_a_run_folder_below_the_data_is_not_data(tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", {"train": 6})
-    before = folder_index(data, tmp_path)
+    before = listed(data, tmp_path)
     run = data / "runs/x"
     with owned(run):
         assert is_run_folder(run)
         (run / "notes.csv").write_text("a\n1\n")
-        assert folder_index(data, tmp_path) == before, "at the first start"
+        assert listed(data, tmp_path) == before, "at the first start"
     run.mkdir(parents=True, exist_ok=True)
     (run / "notes.csv").write_text("a\n1\n")
     facts = {"state": "preempted", "attempt": 1, "host": "h", "pid": 1}
     (run / "status.json").write_text(json.dumps(facts))
-    assert folder_index(data, tmp_path) == before, "at the second"
+    assert listed(data, tmp_path) == before, "at the second"
     (run / "status.json").write_text('{"state": "of something else"}')
-    assert folder_index(data, tmp_path).tables == ["runs/x/notes.csv"]
+    assert listed(data, tmp_path)[1] == ["runs/x/notes.csv"]
 
 
 def test_a_run_in_its_own_data_folder_goes_on(lab: Lab, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def read(path: str) -> Measured:
         found: Any = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"--bench {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--bench {path}: not JSON ({error})") from None
     values: dict[str, Any] = found if isinstance(found, dict) else {}
     for key in ("device", "precision", *NUMBERS):

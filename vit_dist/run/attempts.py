@@ -22,6 +22,7 @@ from vit_dist.errors import UserError
 from vit_dist.files import is_sealed, refuse_links, replacing, seal
 from vit_dist.run.owner import LOCK
 from vit_dist.run.run_folder import (
+    BEST,
     CLASSES,
     CONFIG,
     JOBS,
@@ -184,14 +185,25 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
         return Attempt(replaces=summary)
     attempt = Attempt(number=record.get("attempts", 0) + 1)
     complete = status.get("state") == "complete"
+    lost = complete and status.get("model") == BEST and not any((folder / BEST).glob("*.safetensors"))
+    if lost and not any(store.checkpoints(folder)):
+        raise UserError(
+            f"{summary}, but its model ({folder / BEST}) was deleted, and there is no checkpoint to export it from; "
+            f"bring it back, or train anew: --fresh moves what is left to {aside_of(folder)}"
+        )
+    complete = complete and not lost
+    if lost:
+        attempt.notes.append(f"{BEST}/ was deleted: it is exported again, and the results are made again")
     if not complete:
-        attempt.checkpoint, attempt.notes = _newest_checkpoint(config, strategy, world_size, record)
+        attempt.checkpoint, notes = _newest_checkpoint(config, strategy, world_size, record)
+        attempt.notes += notes
         attempt.begins_at = store.step_of(Path(attempt.checkpoint)) if attempt.checkpoint else 0
         attempt.image_source = record.get("image_source") if attempt.checkpoint else None
         before = record.get("strategy", strategy), record.get("world_size", world_size)
         if attempt.checkpoint and before != (strategy, world_size):
             attempt.notes.append(f"was {before[0]} on {before[1]} processes, goes on as {strategy} on {world_size}")
-        _count_stalled(config, attempt, status, record)
+        if not lost:
+            _count_stalled(config, attempt, status, record)
     begun = complete or attempt.checkpoint is not None  # else nothing was saved that other settings could spoil
     if begun and not record:
         raise UserError(

@@ -74,7 +74,8 @@ def conclude(
     on_main(write)
     if trackers is not None:
         _tell(config, trainer, results, trackers)
-    on_main(lambda: run_folder.write_status(folder, "complete", attempt=attempt.number, step=trainer.state.global_step))
+    left = {"attempt": attempt.number, "step": trainer.state.global_step, "model": run_folder.BEST}
+    on_main(lambda: run_folder.write_status(folder, "complete", **left))
     console.say(run_folder.describe(folder))
 
 
