@@ -68,6 +68,7 @@ attend() {  # attend: the exit code of the step, whatever signals come meanwhile
 }
 
 begin() {  # call first
+  unset VIT_DIST_RUN_FOLDER  # of a job that this one was submitted from
   command -v srun >/dev/null || ((SLURM_JOB_NUM_NODES == 1)) ||
     fail 'there is no srun here, and several nodes need it; give a container as CONTAINER_IMAGE, not to sbatch'
   # One name for all starts of a job, and one for each member of an array.
@@ -103,6 +104,7 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
     ask "$root/launch/module.sh" preflight "${arguments[@]}"
     run=$(tail -n 1 "$answer")
     [[ $run == /* ]] || fail "the check of the command names no run folder but '$run'"
+    export VIT_DIST_RUN_FOLDER=$run  # another job must not change this answer before the training starts
     logs=$run/jobs/$VIT_DIST_JOB_ID
     mkdir -p "$logs"
     output=$(readlink -f "/proc/$$/fd/1")

@@ -44,6 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.preflight": {"run.attempts", "bundle", "verbs.checks", "config", "console", "entry"},
     "distributed": {"environment", "errors", "stop", "terminal"},
     "entry": {"terminal", "console", "distributed", "errors", "redact", "stop"},
+    "verbs.preflight": {"run.attempts", "run.folder_choice", "bundle", "verbs.checks", "config", "console", "entry"},
+    "distributed": {"errors"},
+    "entry": {"console", "distributed", "errors", "redact", "stop"},
     "data.__init__": set(),
     "cost.__init__": set(),
     "run.__init__": set(),
@@ -118,6 +121,10 @@ ALLOWED: dict[str, set[str]] = {
         "run.owner", "run.run_folder",
     },
     "run.failure": {"environment", "data.shared_memory", 
+    "run.folder_choice": {
+        "batch", "checkpoint.store", "config", "distributed", "errors", "run.attempts", "run.owner", "run.run_folder",
+    },
+    "run.failure": {
         "run.attempts", "callbacks.watchdog", "config", "distributed", "errors", "redact", "run.run_folder", "stop",
     },
     "run.trackers": {
@@ -136,7 +143,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": {
         "arguments", "run.attempts", "batch", "bundle", "callbacks.profile", "callbacks.watchdog",
         "checkpoint.writer", "errors",
-        "run.failure", "build", "run.owner", "run.run_folder", "stop", "config", "console", "distributed", "entry",
+        "run.failure", "build", "run.folder_choice", "run.owner", "run.run_folder", "stop",
+        "config", "console", "distributed", "entry",
         "model", "run.results", "strategy", "run.summary", "run.trackers", "trainer",
     },
     "verbs.checks": {

@@ -52,6 +52,8 @@ class Config:
     run: RunOptions
     training: dict[str, Any]  # every `TrainingArguments` field
     source: str  # where the settings came from, for the plan
+    output_dir_given: bool = True  # else `run.folder_choice` finds a folder beside the default one
+    output_dir_note: str = ""  # why it is not the default one
 
     @property
     def output_dir(self) -> Path:
@@ -121,6 +123,7 @@ def load_config(argv: Sequence[str]) -> Config:
     settings = {**vars(flags), **{k: v for k, v in values.items() if k not in flags.given}}
     given = set(values) | flags.given
     name = Path(recipe).stem if recipe else Path(settings["data"].rstrip("/")).name
+    output_dir_given = bool(settings["output_dir"])
     settings["output_dir"] = settings["output_dir"] or f"runs/{name}"
     _follow_strategies(settings, given)
     _refuse_values(settings)
@@ -131,6 +134,7 @@ def load_config(argv: Sequence[str]) -> Config:
         run=_part(RunOptions, settings),
         training={f.name: settings[f.name] for f in dataclasses.fields(TrainingArguments) if f.init},
         source=f"recipe {path}" if recipe else "flags",
+        output_dir_given=output_dir_given,
     )
 
 
@@ -221,7 +225,10 @@ def _parser() -> _Parser:
                 "needs --global_batch_size."
             )
         if action.dest == "output_dir":
-            action.help = "The run folder. The same command with the same folder continues the run."
+            action.help = (
+                "The run folder; the same command continues its run, other settings are refused. Default: runs/NAME "
+                "of the recipe or the data, or runs/NAME-2, -3, ... for other settings."
+            )
     return parser
 
 

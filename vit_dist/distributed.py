@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import os
 import select
@@ -22,10 +23,11 @@ from transformers import TrainingArguments
 
 from vit_dist import stop
 from vit_dist.environment import integer, job
-from vit_dist.errors import UserError
+from vit_dist.errors import LostProcess, UserError
 from vit_dist.terminal import one_line
 
 T = TypeVar("T")
+LONGEST_DECISION = timedelta(minutes=10)  # of rank 0, while the others wait for it before the process group
 
 
 def launched_rank(environ: Mapping[str, str] = os.environ) -> int:
@@ -71,6 +73,51 @@ def on_main(make: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+_rendezvous: list[Any] = []  # rank 0's store without an agent lives as long as its process: the process group joins it
+
+
+def decided_on_main(name: str, make: Callable[[], T]) -> T:
+    """As `on_main`, before there is a process group: the value, which JSON can hold, goes through the launcher's
+    key-value store under `name` (all ranks participate). Raises UserError on every rank if rank 0 does.
+    """
+    if launched_world_size() == 1:
+        return make()
+    if not _rendezvous:
+        _rendezvous.append(next(dist.rendezvous("env://", timeout=LONGEST_DECISION))[0])
+    store, key = _rendezvous[0], f"vit_dist/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if launched_rank() == 0:
+        try:
+            value = make()
+        except UserError as error:
+            store.set(key, json.dumps({"error": str(error)}))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with this process
+                _wait_until(lambda: store.add(f"{key}/read", 0) == launched_world_size() - 1, 5)
+            raise
+        store.set(key, json.dumps({"value": value}))
+        return value
+    try:
+        told = _wait_until(lambda: store.check([key]), LONGEST_DECISION.total_seconds())
+        box = json.loads(store.get(key)) if told else {}
+        store.add(f"{key}/read", 1)
+    except dist.DistNetworkError:
+        box = {}
+    if "error" in box:
+        raise UserError(box["error"])
+    if not box:
+        raise LostProcess(f"rank 0 is gone, or has not told its {name.replace('_', ' ')} in {LONGEST_DECISION}")
+    return box["value"]
+
+
+def _wait_until(done: Callable[[], bool], seconds: float) -> bool:
+    """Whether it was done in time. Asks again and again: in the store's own `wait` no signal would be heard."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def gather(value: T, group: Any = None) -> list[T]:

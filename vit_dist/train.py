@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from vit_dist import bundle, console, distributed, entry, stop
 from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
-from vit_dist.run import attempts, run_folder
+from vit_dist.run import attempts, folder_choice, run_folder
 from vit_dist.run.owner import owned
 
 if TYPE_CHECKING:
@@ -39,21 +39,25 @@ def train(config: Config) -> None:
 
     stop.listen(config.max_time)
     bundle.check(config)
-    attempts.check(config)
-    run_folder.keep_output(config.output_dir, distributed.launched_rank())
-    idle_gpus = distributed.use_one_device()
-    strategy.check_owners(config.precision)
-    batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
-    args = build_arguments(config, batch)  # joins the process group
-    distributed.check_launch(args)
-    seats, summed = distributed.roll_call(args)
-    if args.world_size > 1:
-        console.say(*console.aligned(seats), summed)
-    asked = strategy.prepare(args)
-    facts = attempts.common_facts(config, asked, args.device.type) | {"batch": str(batch)}
-    distributed.agree(facts, "start all of them with one command, in one environment")
     with contextlib.ExitStack() as held:
-        distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
+        config = folder_choice.settle(config, held)
+        attempts.check(config)
+        run_folder.keep_output(config.output_dir, distributed.launched_rank())
+        if config.output_dir_note:
+            console.say(f"run folder: {config.output_dir}; {config.output_dir_note}")
+        idle_gpus = distributed.use_one_device()
+        strategy.check_owners(config.precision)
+        batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
+        args = build_arguments(config, batch)  # joins the process group
+        distributed.check_launch(args)
+        seats, summed = distributed.roll_call(args)
+        if args.world_size > 1:
+            console.say(*console.aligned(seats), summed)
+        asked = strategy.prepare(args)
+        facts = attempts.common_facts(config, asked, args.device.type) | {"batch": str(batch)}
+        distributed.agree(facts, "start all of them with one command, in one environment")
+        if not folder_choice.is_held(config):
+            distributed.on_main(lambda: own(config, held))
         attempt = distributed.on_main(lambda: attempts.inspect(config, asked, args.world_size))
         if attempt.finished:
             console.say(attempt.finished)
@@ -62,6 +66,11 @@ def train(config: Config) -> None:
         watchdog = held.enter_context(failure.watchdog(config, attempt))
         with failure.interruption_recorded(config.output_dir, attempt):
             fit(config, args, batch, asked, attempt, watchdog, idle_gpus, held)
+
+
+def own(config: Config, held: contextlib.ExitStack) -> None:
+    """The run folder, for this process alone, until `held` ends."""
+    held.enter_context(owned(config.output_dir, settings=folder_choice.digest(config)))
 
 
 def fit(
@@ -102,7 +111,7 @@ def fit(
     )
     if attempt.replaces:
         distributed.on_main(lambda: attempts.move_aside(config, attempt))
-        distributed.on_main(lambda: held.enter_context(owned(config.output_dir)))
+        distributed.on_main(lambda: own(config, held))
     attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
     trainer.facts = attempts.manifest_facts(attempt, batch)
     if config.run.profile:

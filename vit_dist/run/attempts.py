@@ -107,7 +107,7 @@ def check_settings(config: Config) -> None:
     record = known_record(folder)
     begun = read_json(folder / STATUS).get("state") == "complete" or any(store.checkpoints(folder))
     if begun and (not config.run.fresh or _began_it(record)):
-        changed = _changes(record, config)
+        changed = changes(record, config)
         _refuse_changes(folder, {key: value for key, value in changed.items() if key not in config.run.allow_change})
 
 
@@ -210,7 +210,7 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
             f"{folder / RECORD} cannot be read, so whether this is the same run is not known; bring it back, or start "
             "over with --fresh"
         )
-    changed = _changes(record, config)
+    changed = changes(record, config)
     attempt.changes = list(record.get("changes", []))
     if begun:
         _allow(config, attempt, changed, strategy)
@@ -453,7 +453,7 @@ def _settings(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(config.resolved()))
 
 
-def _changes(record: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+def changes(record: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from those that the run had, where that matters: (before, now)."""
     before, now = record.get("settings", {}), _settings(config)
     return {

@@ -21,12 +21,29 @@ from vit_dist.files import open_for_writing
 logger = logging.getLogger("vit_dist")
 
 LOCK = ".lock"
+
+
+class FolderInUse(UserError):
+    """Another process owns the run folder; `settings` is the digest of what it was started with, if that is known."""
+
+    def __init__(self, message: str, settings: str | None) -> None:
+        super().__init__(message)
+        self.settings = settings
+
+
 PATIENCE = 10.0  # seconds: processes whose launcher was killed need some to notice it
 
 
 @contextlib.contextmanager
-def owned(folder: Path, patience: float = PATIENCE, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Hold the run folder, made if need be. Raises UserError, naming the owner, if another process holds it.
+def owned(
+    folder: Path,
+    patience: float = PATIENCE,
+    environ: Mapping[str, str] = os.environ,
+    settings: str | None = None,
+) -> Iterator[None]:
+    """Hold the run folder, made if need be. Raises FolderInUse, naming the owner, if another process holds it.
+
+    `settings` is a digest of them, for others to read.
 
     The lock is one of POSIX (`fcntl`): on the file systems of clusters it holds between nodes where those support it.
     It belongs to this process alone, not to children. Nothing else may open the file here: closing it would let go.
@@ -43,6 +60,7 @@ def owned(folder: Path, patience: float = PATIENCE, environ: Mapping[str, str] =
         "pid": os.getpid(),
         "job": job(environ),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": settings,
     }
     try:
         try:
@@ -78,7 +96,8 @@ def _acquire(path: Path, patience: float) -> int:
             owner = os.read(descriptor, 1000)
             os.close(descriptor)
             if time.monotonic() > deadline:
-                raise UserError(f"{path.parent} is in use by {_describe(owner)}; wait for it, or stop it") from None
+                message = f"{path.parent} is in use by {_describe(owner)}; wait for it, or stop it"
+                raise FolderInUse(message, _settings(owner)) from None
         time.sleep(0.2)
 
 
@@ -89,3 +108,10 @@ def _describe(owner: bytes) -> str:
         return f"process {known['pid']} on {known['host']}{job}, since {known['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
+
+
+def _settings(owner: bytes) -> str | None:
+    try:
+        return json.loads(owner).get("settings")
+    except (ValueError, AttributeError):
+        return None

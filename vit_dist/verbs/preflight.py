@@ -14,25 +14,31 @@ from collections.abc import Sequence
 
 from vit_dist import bundle, console, entry
 from vit_dist.config import Config, load_config
-from vit_dist.run import attempts
+from vit_dist.run import attempts, folder_choice
 from vit_dist.verbs import checks
 
 
-def check(config: Config) -> None:
-    """Raises UserError for what every process of the run would stumble over, one after another or all at once."""
+def check(config: Config) -> Config:
+    """The settings with the folder that the run would have.
+
+    Raises UserError for what every process of the run would stumble over, one after another or all at once.
+    """
     bundle.check(config)
+    config = folder_choice.resolved(config)
     attempts.check(config)
     attempts.check_settings(config)
     checks.check_source(config)
     checks.check_model(config)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `check`; exit codes as `entry.run` has them."""
 
     def body() -> int:
-        config = load_config(sys.argv[1:] if argv is None else argv)
-        check(config)
+        config = check(load_config(sys.argv[1:] if argv is None else argv))
+        if config.output_dir_note:
+            console.say(f"run folder: {config.output_dir}; {config.output_dir_note}")
         console.say(os.path.abspath(config.output_dir))
         return 0
 
