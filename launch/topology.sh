@@ -21,7 +21,10 @@ case ${1:-} in
   plan) fail "plan starts nothing, so it needs no launcher: vit-dist plan ${*:2}" ;;
 esac
 for argument; do  # help needs no processes and no GPU
-  case $argument in -h | --help) exec "$PYTHON" -m "$MODULE" --help ;; esac
+  case $argument in -h | --help)
+    if [[ ${*: -1} == all ]]; then exec "$PYTHON" -m "$MODULE" --help all; fi
+    exec "$PYTHON" -m "$MODULE" --help ;;
+  esac
 done
 
 whole() {  # whole NAME FROM TO

@@ -24,6 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "settings_file": {"errors"},
     "config": {"terminal", "errors", "options", "settings_file"},
     "console": {"files", "terminal"},
+    "first_look": {"errors", "settings_file"},
+    "config": {"errors", "first_look", "options", "settings_file"},
+    "console": set(),
     "verbs.parser": {"errors"},
     "cost.flops": {"rewrites"},
     "build": {
@@ -57,7 +60,8 @@ ALLOWED: dict[str, set[str]] = {
     "data.index": {"files", "errors", "options", "data.cache"},
     "data.decode": {"errors", "options"},
     "data.source": {
-        "errors", "options", "data.cache", "data.columns", "data.hub", "data.index", "data.split", "data.tables",
+        "errors", "first_look", "options", "data.cache", "data.columns", "data.hub", "data.index", "data.split",
+        "data.tables",
     },
     "data.split": {"errors", "options"},
     "data.verify": {"files", "errors", "options", "data.cache", "data.decode", "data.split"},
@@ -141,6 +145,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.failure", "files", "metrics.__init__", "run.report", "run.run_folder", "stop", "run.trackers", "trainer",
     },
     "train": {
+        "__init__", "first_look",
         "arguments", "run.attempts", "batch", "bundle", "callbacks.profile", "callbacks.watchdog",
         "checkpoint.writer", "errors",
         "run.failure", "build", "run.folder_choice", "run.owner", "run.run_folder", "stop",
@@ -176,6 +181,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "verbs.sync": {"files", "callbacks.wandb", "console", "entry", "errors", "run.owner", "redact", "verbs.parser"},
     "cli": {"environment", "terminal", "errors", "__init__", "verbs.sweep"},  # and the module of each verb, by its name
+    "verbs.sync": {"callbacks.wandb", "console", "entry", "errors", "run.owner", "redact", "verbs.parser"},
+    "__main__": {"cli"},
+    "cli": {"__init__", "first_look", "verbs.sweep"},  # and the module of each verb, by its name
 }  # fmt: skip
 
 

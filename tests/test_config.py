@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from vit_dist.config import load_config, shipped_recipes, write_config
 from vit_dist.errors import UserError
-from vit_dist.options import REFUSED, SECRET_KEYS, DataOptions, ModelOptions, RunOptions
+from vit_dist.options import REFUSED, SECRET_KEYS, STAGES, WITHOUT_EFFECT, DataOptions, ModelOptions, RunOptions
 
 
 @pytest.fixture
@@ -169,13 +169,13 @@ def test_training_arguments_are_keys_and_options_have_help(capsys: pytest.Captur
         for field in dataclasses.fields(part):
             assert field.metadata["help"], field.name
     with pytest.raises(SystemExit) as left:
-        load_config(["--help"])
+        load_config(["--help", "all"])
     shown = capsys.readouterr().out
     assert left.value.code == 0
     titles = ["\ndata:", "\nmodel:", "\nrun:", "\ntraining (transformers.TrainingArguments):"]
     assert [shown.index(title) for title in titles] == sorted(shown.index(title) for title in titles)
     assert "hub_token" not in shown
-    hidden = set(SECRET_KEYS) | set(REFUSED)
+    hidden = {*SECRET_KEYS, *REFUSED, *WITHOUT_EFFECT, *STAGES}
     assert all(f"--{name} " in shown or f"--{name}\n" in shown for name in resolved if name not in hidden)
 
 

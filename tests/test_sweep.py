@@ -124,7 +124,7 @@ def test_sweep_with_wrong_settings_names_all_of_them(write: Write, capsys: pytes
     path = write("recipe: digits\ngrid: {learning_rate: [1, -1], adam_beta1: [0.9, 2]}\n")
     assert sweep.main([str(path)]) == 2
     told = capsys.readouterr()
-    assert "member 1: adam_beta1=2.0: give a number" in told.err and "members 2, 3: learning_rate=-1.0" in told.err
+    assert "members 1, 3: adam_beta1=2.0: give a number" in told.err and "members 2, 3: learning_rate=-1.0" in told.err
     assert sweep.main([str(path), "--sed", "1"]) == 2
     assert capsys.readouterr().err == "error: unknown argument --sed; did you mean --seed?\n", "once, not for each"
     assert list(path.parent.iterdir()) == [path], "nothing was written"

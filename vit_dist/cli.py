@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vit_dist import __version__, environment, errors
+from vit_dist import __version__, environment, errors, first_look
 from vit_dist.terminal import one_line, open_standard_streams
 
 VERBS = {
@@ -75,11 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, argv: list[str]) -> int:
     """Start one process per visible GPU, or go on in this one if there is at most one or a launcher is at work."""
-    if verb == "sweep":
+    if verb == "sweep" and "--version" not in argv:
         from vit_dist.verbs.sweep import main as sweep
 
         return sweep(argv, lambda arguments: _run("train", arguments))
     name = "vit_dist.train" if verb == "train" else f"vit_dist.verbs.{verb}"
+    if "--version" in argv or verb == "train":
+        code = first_look.tell(argv, __version__)
+        if code is not None:
+            return code
     module = importlib.import_module(name)  # a second or more, of which the others need nothing
     if verb in ALONE:
         return module.main(argv)

@@ -12,24 +12,28 @@ import difflib
 import enum
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from vit_dist import settings_file
+from vit_dist import first_look, settings_file
 from vit_dist.errors import UserError
+from vit_dist.first_look import find_recipe, shipped_recipes
 from vit_dist.options import (
+    ALIASES,
     AUTO,
     RANGES,
     REFUSED,
     RENAMED,
     SECRET_KEYS,
+    STAGES,
     TRAINING_DEFAULTS,
+    WITHOUT_EFFECT,
     DataOptions,
     ModelOptions,
     RunOptions,
@@ -40,6 +44,14 @@ from vit_dist.terminal import one_line
 
 DEFAULT_RECIPE = "digits"
 OF_ONE_START = ("fresh", "resume_from_checkpoint", "allow_change")  # not of the run
+
+
+class WrongSettings(UserError):
+    """All `problems` of a recipe and flags in one line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(_all_of(problems))
+        self.problems = problems
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,7 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises UserError for an unknown key or flag, a value of the wrong type, or a setting that cannot be honoured.
     """
     _refuse_secrets(argument.lstrip("-").split("=")[0] for argument in argv if "=" in argument or argument[:1] == "-")
+    argv = _in_full(argv)
     parser = _parser()
     parser.set_defaults(**TRAINING_DEFAULTS)
     flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**{_GIVEN: set()}))
@@ -117,16 +130,22 @@ def load_config(argv: Sequence[str]) -> Config:
         raise UserError(_unknown_message(f"unknown argument {name}", name.lstrip("-"), parser, "--"))
     recipe = flags.recipe or (None if "data" in flags.given else DEFAULT_RECIPE)
     values: dict[str, Any] = {}
+    problems: list[str] = []
     if recipe is not None:
-        path = _find_recipe(recipe)
-        values = {setting.key: _value(setting, parser) for setting in settings_file.read(path, "a recipe")}
+        path = find_recipe(recipe)
+        values, problems = _values(settings_file.read(path, "a recipe"), parser)
     settings = {**vars(flags), **{k: v for k, v in values.items() if k not in flags.given}}
+    settings["allow_change"] = [ALIASES.get(key, key) for key in settings["allow_change"]]
     given = set(values) | flags.given
     name = Path(recipe).stem if recipe else Path(settings["data"].rstrip("/")).name
     output_dir_given = bool(settings["output_dir"])
     settings["output_dir"] = settings["output_dir"] or f"runs/{name}"
     _follow_strategies(settings, given)
-    _refuse_values(settings)
+    problems += _bad_values(settings, given)
+    if not problems:  # else a wrong value might be what does not go together with others
+        problems += _bad_combinations(settings)
+    if problems:
+        raise WrongSettings(problems)
     return Config(
         data=_part(DataOptions, settings),
         model=_part(ModelOptions, settings),
@@ -158,6 +177,15 @@ def write_config(config: Config, path: Path) -> None:
 
 # Beside a run's folder lies <name>.previous-<n>; in it, temporary files with longer names than their own.
 LONGEST_NAME, LONGEST_PATH = 239, 3800  # bytes
+
+
+class _Help(argparse.Action):
+    """`--help` is short; `--help all` shows every option."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        sys.stdout.write(parser.format_help() if values == "all" else first_look.HELP)
+        parser.exit()
+
 
 _GIVEN = "given"  # the flags that were on the command line, gathered while parsing
 
@@ -206,7 +234,9 @@ def _parser() -> _Parser:
         conflict_handler="resolve",  # older releases in our range still have fields that we took over (logging_dir)
         formatter_class=_HelpFormatter,
         usage="vit-dist train [RECIPE] [--flag value ...]",
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", nargs="?", action=_Help, help="`--help`: the most used options; `--help all`")
     parser.add_argument(
         "recipe",
         nargs="?",
@@ -214,8 +244,10 @@ def _parser() -> _Parser:
         f"{', '.join(sorted(shipped_recipes()))} (default: {DEFAULT_RECIPE}, unless --data is given)",
     )
     for action in parser._actions:
-        if action.dest in SECRET_KEYS or action.dest in REFUSED:
+        if any(action.dest in keys for keys in (SECRET_KEYS, REFUSED, WITHOUT_EFFECT, STAGES)):
             action.help = argparse.SUPPRESS
+        elif action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
+            action.help = f"Turn off --{action.dest}."
         if action.dest == "report_to":
             action.nargs = "+"  # several, as a recipe may list them
         if action.dest == "per_device_train_batch_size":
@@ -240,37 +272,58 @@ def _size_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"invalid value: {text!r}, give a number or {AUTO}") from None
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Recipes that come with the package, by name. In a checkout they lie in configs/recipes/."""
-    installed = Path(str(resources.files("vit_dist"))) / "recipes"
-    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "configs" / "recipes"
-    return {path.stem: path for path in folder.glob("*.yaml")}
-
-
-def _find_recipe(recipe: str) -> Path:
-    if Path(recipe).is_file():
-        return Path(recipe)
-    shipped = shipped_recipes()
-    if recipe in shipped:  # though there may be a folder of that name: data, or what was trained
-        return shipped[recipe]
-    if Path(recipe).exists():
-        raise UserError(f"{recipe} is no recipe; did you mean --data {recipe}?")
-    near = difflib.get_close_matches(Path(recipe).stem, shipped, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"recipes that come with the package: {', '.join(sorted(shipped))}"
-    recipe = recipe.split("=")[0]
-    raise UserError(f"no recipe {recipe}: not a file, not the name of a shipped recipe; {hint}")
-
-
 def check_settings(settings: Iterable[Setting]) -> None:
     """Raises UserError with all settings that no recipe could have: an unknown key, or a value of another type."""
-    parser, problems = _parser(), []
+    _, problems = _values(settings, _parser())
+    if problems:
+        raise WrongSettings(problems)
+
+
+def _values(settings: Iterable[Setting], parser: _Parser) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a file under their full names, and what is wrong with the others."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    names: dict[str, str] = {}
     for setting in settings:
+        full = ALIASES.get(setting.key, setting.key)
+        if names.setdefault(full, setting.key) != setting.key:
+            problems.append(f"{setting.where}: {_same_setting(full)}")
+            continue
         try:
-            _value(setting, parser)
+            values[full] = _value(setting._replace(key=full), parser)
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
+    return values, problems
+
+
+def _in_full(argv: Sequence[str]) -> list[str]:
+    """The command line with full names in place of short ones. Raises UserError if both are there."""
+    words, short, names = [], set(), set()
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        full = ALIASES.get(name)
+        words.append(f"--{full}{equals}{value}" if full else word)
+        if full:
+            short.add(full)
+        names.add(name)
+    if both := sorted(short & names):
+        raise UserError(_same_setting(both[0], "--"))
+    return words
+
+
+def _same_setting(full: str, prefix: str = "") -> str:
+    short = next(name for name, key in ALIASES.items() if key == full)
+    return f"{prefix}{short} and {prefix}{full} are the same setting; give one of them"
+
+
+def _all_of(problems: Sequence[str], most: int = 10, length: int = 470) -> str:
+    """The first problems in one line, and how many more there are."""
+    shown = list(problems[:most])
+    while len(shown) > 1 and len("; ".join(shown)) > length:
+        shown.pop()
+    left = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {left} more" if left else "")
 
 
 def _value(setting: Setting, parser: _Parser) -> Any:
@@ -316,63 +369,88 @@ def _refuse_secrets(keys: Iterable[str], where: str = "command line") -> None:
             )
 
 
-def _refuse_values(settings: dict[str, Any]) -> None:
-    _refuse_names(settings)
+def _bad_values(settings: dict[str, Any], given: set[str]) -> list[str]:
+    """What is wrong with single settings."""
+    found = _bad_names(settings)
     for key, (value, reason) in REFUSED.items():
         if settings.get(key) == value:
-            raise UserError(f"{key}={value} is not supported: {reason}")
+            found.append(f"{key}={value} is not supported: {reason}")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for key, reason in WITHOUT_EFFECT.items():
+        unset = (defaults.get(key), [], None, *((False,) if defaults.get(key) == "no" else ()))
+        if key in given and settings.get(key) not in unset:
+            found.append(f"{key}={settings[key]} has no effect here: {reason}; leave it out")
+    for key, reason in STAGES.items():
+        if key in given and settings.get(key) is False:
+            found.append(f"{key}=False has no effect here: {reason}")
     for key, (least, most) in RANGES.items():
         value = settings[key]
         if value not in (None, AUTO) and not least <= value <= most:
-            raise UserError(f"{key}={value}: give a number from {least:g} to {most:g}")
-    if settings["per_device_train_batch_size"] == AUTO and settings["global_batch_size"] is None:
-        raise UserError(
-            "per_device_train_batch_size=auto needs --global_batch_size, 256 say: what a step trains on must not "
-            "depend on the memory of a device"
-        )
+            found.append(f"{key}={value}: give a number from {least:g} to {most:g}")
     for key in ("max_time", "hang_timeout"):
-        if settings[key] is not None:
-            parse_duration(key, settings[key])
-    if settings["early_stopping_patience"] and not settings["load_best_model_at_end"]:
-        raise UserError("early_stopping_patience needs evaluations and --load_best_model_at_end to say what is better")
+        try:
+            if settings[key] is not None:
+                parse_duration(key, settings[key])
+        except UserError as error:
+            found.append(str(error))
+    if settings["max_steps"] != -1 and settings["max_steps"] < 1:
+        found.append(f"max_steps={settings['max_steps']}: give at least 1, or leave it out to train whole epochs")
+    if str(settings["train_sampling_strategy"]) not in ("random", "sequential"):
+        found.append(
+            f"train_sampling_strategy={settings['train_sampling_strategy']}: images have no length; use random or "
+            "sequential"
+        )
     for key in settings["allow_change"]:
         known = {*settings, "restarts"} - {"recipe", _GIVEN}
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"allow_change {key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
-    if settings["bf16_residual"] and not settings["bf16"]:
-        raise UserError("bf16_residual needs --bf16")
-    if settings["bf16"] and settings["fp16"]:
-        raise UserError("bf16 and fp16: give one of them")
-    if str(settings["train_sampling_strategy"]) not in ("random", "sequential"):
-        raise UserError(
-            f"train_sampling_strategy={settings['train_sampling_strategy']}: images have no length; use random or "
-            "sequential"
+            found.append(f"allow_change {key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    return found
+
+
+def _bad_combinations(settings: dict[str, Any]) -> list[str]:
+    """What is wrong with settings together."""
+    found = []
+    if settings["per_device_train_batch_size"] == AUTO and settings["global_batch_size"] is None:
+        found.append(
+            "per_device_train_batch_size=auto needs --global_batch_size, 256 say: what a step trains on must not "
+            "depend on the memory of a device"
         )
-    if settings["max_steps"] != -1 and settings["max_steps"] < 1:
-        raise UserError(f"max_steps={settings['max_steps']}: give at least 1, or leave it out to train whole epochs")
+    if settings["early_stopping_patience"] and not settings["load_best_model_at_end"]:
+        found.append("early_stopping_patience needs evaluations and --load_best_model_at_end to say what is better")
+    if settings["bf16_residual"] and not settings["bf16"]:
+        found.append("bf16_residual needs --bf16")
+    if settings["bf16"] and settings["fp16"]:
+        found.append("bf16 and fp16: give one of them")
+    return found
 
 
-def _refuse_names(settings: dict[str, Any]) -> None:
-    """Raise UserError for text that no file or log can hold, and for an output_dir that cannot be one."""
+def _bad_names(settings: dict[str, Any]) -> list[str]:
+    """Text that no file or log can hold, and an output_dir that cannot be a folder's name."""
+    found = []
     for key, value in settings.items():
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            raise UserError(f"{key}={value}: not valid UTF-8; rename it, or reach it by a link with another name")
+            found.append(f"{key}={value}: not valid UTF-8; rename it, or reach it by a link with another name")
         if isinstance(value, str) and value.startswith("~"):
             try:
                 Path(value).expanduser()
             except RuntimeError:
-                raise UserError(f"{key}={value}: there is no such home directory; write the whole path") from None
+                found.append(f"{key}={value}: there is no such home directory; write the whole path")
     output_dir = settings["output_dir"]
     if one_line(output_dir) != output_dir:
-        raise UserError(f"output_dir={output_dir}: a line break or another control character in it")
-    for part in Path(output_dir).parts:
-        if len(os.fsencode(part)) > LONGEST_NAME:
-            raise UserError(
-                f"output_dir: {part[:40]}... has {len(os.fsencode(part))} bytes; give names of at most {LONGEST_NAME}"
-            )
-    if len(os.fsencode(os.path.abspath(output_dir))) > LONGEST_PATH:
-        raise UserError(f"output_dir={output_dir[:80]}...: give a path of at most {LONGEST_PATH} bytes")
+        found.append(f"output_dir={output_dir}: a line break or another control character in it")
+    found += [
+        f"output_dir: {part[:40]}... has {_num_bytes(part)} bytes; give names of at most {LONGEST_NAME}"
+        for part in Path(output_dir).parts
+        if _num_bytes(part) > LONGEST_NAME
+    ]
+    if _num_bytes(os.path.abspath(output_dir)) > LONGEST_PATH:
+        found.append(f"output_dir={output_dir[:80]}...: give a path of at most {LONGEST_PATH} bytes")
+    return found
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _follow_strategies(settings: dict[str, Any], given: set[str]) -> None:

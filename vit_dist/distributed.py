@@ -85,7 +85,8 @@ def decided_on_main(name: str, make: Callable[[], T]) -> T:
     if launched_world_size() == 1:
         return make()
     if not _rendezvous:
-        _rendezvous.append(next(dist.rendezvous("env://", timeout=LONGEST_DECISION))[0])
+        with joining():
+            _rendezvous.append(next(dist.rendezvous("env://", timeout=LONGEST_DECISION))[0])
     store, key = _rendezvous[0], f"vit_dist/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if launched_rank() == 0:
         try:

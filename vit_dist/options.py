@@ -199,6 +199,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": None,  # None: Weights & Biases if the user is logged in
     "dataloader_num_workers": None,  # None: from the cores this process may use
     "dataloader_persistent_workers": None,  # None: if there are any; not forked anew in each epoch, beside our threads
+    "do_train": True,  # what happens here; see STAGES
+    "do_eval": True,
+    "do_predict": True,
 }
 
 SECRET_KEYS = (
@@ -225,9 +228,16 @@ RENAMED = {
     "overwrite_output_dir": "fresh",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
+}
+
+# Short names that flags and recipe keys may have.
+ALIASES = {
     "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "wd": "weight_decay",
+    "workers": "dataloader_num_workers",
+    "patience": "early_stopping_patience",
 }
 
 # Values of upstream fields that would break a promise of this package, and the reason.
@@ -245,6 +255,39 @@ REFUSED = {
     "remove_unused_columns": (True, "the data set has no columns to remove"),
     "eval_on_start": (True, "the first evaluation is at the first `eval_strategy` point"),
     "logging_nan_inf_filter": (True, "a NaN loss stops the run instead of being averaged away"),
+}
+
+_UPLOADS = "nothing is uploaded; upload the finished model: hf upload <name> <output_dir>/best"
+_OWN_EVALUATION = "evaluations keep labels and predictions on the device and gather them once"
+
+# Upstream fields that change nothing in this package: any value but upstream's default is refused with the reason.
+WITHOUT_EFFECT = {
+    "hub_model_id": _UPLOADS,
+    "hub_strategy": _UPLOADS,
+    "hub_private_repo": _UPLOADS,
+    "hub_always_push": _UPLOADS,
+    "hub_revision": _UPLOADS,
+    "neftune_noise_alpha": "NEFTune adds noise to token embeddings, which images do not have",
+    "include_num_input_tokens_seen": "images have no tokens to count",
+    "length_column_name": "images have no length to group by",
+    "use_cache": "it is for models that generate text",
+    "use_liger_kernel": "Liger has kernels for language models only",
+    "average_tokens_across_devices": "the loss is the mean over all images of a step on any number of devices",
+    "eval_accumulation_steps": _OWN_EVALUATION,
+    "eval_do_concat_batches": _OWN_EVALUATION,
+    "eval_use_gather_object": _OWN_EVALUATION,
+    "include_for_metrics": "metrics get every image's label, prediction and loss; --metrics adds further ones",
+    "label_names": "the labels come from --data; --label_column_name names their column",
+    "save_on_each_node": "all nodes share one run folder",
+    "restore_callback_states_from_checkpoint": "a resumed run always restores them",
+    "dataloader_in_order": "the images of each step are fixed, in their order",
+}
+
+# Upstream's switches for the stages of a run: only True is what happens here.
+STAGES = {
+    "do_train": "vit_dist.train always trains",
+    "do_eval": "leave evaluations out with --eval_strategy no",
+    "do_predict": "leave the test split alone with --test_split none",
 }
 
 # Numbers that upstream or PyTorch would only stumble over later: key -> (least, most), both allowed.

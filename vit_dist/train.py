@@ -18,6 +18,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vit_dist import __version__, first_look
+
+if (
+    __name__ == "__main__" and (code := first_look.tell(sys.argv[1:], __version__)) is not None
+):  # the next imports take seconds
+    sys.exit(code)
+
 from vit_dist import bundle, console, distributed, entry, stop
 from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex,
 from vit_dist.data.split import hold_out
 from vit_dist.data.tables import extension, has_images, read_rows, split_of
 from vit_dist.errors import UserError
+from vit_dist.first_look import no_such_data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +78,7 @@ def find(data: str) -> Path | None:
     if data == "digits" or (data and not os.path.exists(path) and not looks_like_path(data)):
         return None
     if not data or not os.path.exists(path):
-        raise UserError(f"--data {data}: there is no such file or folder{_near_miss(path)}")
+        raise UserError(no_such_data(data, path))
     if path.is_file() and extension(path.name) not in TABLE_EXTENSIONS:
         raise UserError(f"--data {data}: not one of the files that are read, {_kinds(TABLE_EXTENSIONS)}")
     return Path(os.path.abspath(path))
@@ -86,17 +86,6 @@ def find(data: str) -> Path | None:
 
 def looks_like_path(data: str) -> bool:
     return data.startswith((".", "/", "~", "\\")) or data.count("/") > 1 or extension(data) in TABLE_EXTENSIONS
-
-
-def _near_miss(path: Path) -> str:
-    """A suggestion at the first part of `path` that is missing."""
-    parent = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-    try:
-        missing = path.absolute().relative_to(parent).parts[0]
-        close = difflib.get_close_matches(missing, os.listdir(parent), n=1)
-    except OSError:
-        close = []
-    return f" (did you mean {parent / close[0]}?)" if close else ""
 
 
 def _kinds(extensions: frozenset[str]) -> str:

@@ -107,7 +107,7 @@ def read(path: Path) -> Sweep:
 
 def check(sweep: Sweep, flags: Sequence[str] = ()) -> list[Config]:
     """The members' resolved settings. Raises UserError, one line with all that training would refuse."""
-    from vit_dist.config import check_settings, load_config
+    from vit_dist.config import WrongSettings, check_settings, load_config
 
     written = {setting for settings in sweep.members for setting in settings.values()}
     check_settings(sorted(written, key=lambda setting: setting.node.start_mark.index))
@@ -116,6 +116,9 @@ def check(sweep: Sweep, flags: Sequence[str] = ()) -> list[Config]:
     for number in range(len(sweep.members)):
         try:
             configs.append(load_config(sweep.arguments(number, flags)))
+        except WrongSettings as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(number)
         except UserError as error:
             problems.setdefault(str(error), []).append(number)
     if problems:
