@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from transformers.utils import logging as transformers_logging
 
@@ -21,23 +24,15 @@ from vit_dist.terminal import lines, one_line, open_standard_streams, show
 logger = logging.getLogger("vit_dist")
 
 SECONDS_BETWEEN_LINES = 5.0
+CLEAR_LINE = "\r\x1b[K"
 # Batch systems and terminals signal every process of a job; this one ends when nobody can write to it any more.
 OUTLIVE = """trap '' TERM INT HUP USR1 USR2; exec tee -a "$1" """
-
-
-class _OneLine(logging.Formatter):
-    """A record is one line, whatever the names in it contain."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
 
 
 def set_up(rank: int) -> None:
     """Route our lines to stdout on rank 0, and keep libraries to their errors on every rank."""
     open_standard_streams()
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_OneLine())
-    logger.handlers = [handler]
+    logger.handlers = [_Lines(sys.stdout)]
     logger.propagate = False
     logging.raiseExceptions = False  # `| head` closes stdout; training goes on
     logger.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
@@ -80,6 +75,31 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+class _Lines(logging.StreamHandler):
+    """Writes a record as one line, whatever the names in it contain; a terminal gets it wrapped at words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return wrapped(one_line(super().format(record)), self.stream)
+
+
+def wrapped(line: str, stream: TextIO) -> str:
+    """`line`, broken between words where the terminal behind `stream` ends; as it is elsewhere, and rows of a table."""
+    width = _width(stream)
+    is_row = re.search(r"\S {2,}\S.* {2,}\S", line)
+    if not width or len(line) <= width or "\n" in line or is_row:
+        return line
+    title = re.match(r"\S* {2,}", line)
+    indent = " " * (len(title[0]) if title else 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _width(stream: TextIO) -> int | None:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError):  # no terminal, or nothing with a descriptor
+        return None
+
+
 def say(*texts: str) -> None:
     """Log each text as one line."""
     for text in texts:
@@ -88,8 +108,9 @@ def say(*texts: str) -> None:
 
 def show_error(message: str) -> None:
     """To stderr, from any rank. A message of several lines is ours; text from outside in it must be one line."""
+    line_start = "" if _width(sys.stderr) is None else CLEAR_LINE  # what a terminal shows for Ctrl-C
     with contextlib.suppress(OSError):  # nobody reads it any more
-        sys.stderr.write(lines(message.rstrip("\n")) + "\n")
+        sys.stderr.write(line_start + wrapped(lines(message.rstrip("\n")), sys.stderr) + "\n")
         sys.stderr.flush()
 
 

@@ -127,6 +127,7 @@ def fit(
         reporting = None
         if args.process_index == 0:
             reporting = trackers.open_trackers(config, attempt, facts, trainer, data.input_size)
+            held.callback(reporting.progress.close)
         console.say(*summary.describe(config, attempt, built, batch, asked, idle_gpus, reporting))
         try:
             stop.defer()

@@ -8,9 +8,11 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from vit_dist import console
 from vit_dist.callbacks.speed import MFU, RATE
 
 logger = logging.getLogger("vit_dist")
@@ -22,6 +24,17 @@ SHARES = {
     "communication_wait": "for communication",
     "checkpoint_wait": "for checkpoints",
 }
+
+
+class _Bar(tqdm):
+    """A bar that ends before the terminal does: `^C` behind it stays in its line, which `close` clears."""
+
+    ROOM = 4
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        facts = super().format_dict
+        return {**facts, "ncols": facts["ncols"] and max(1, facts["ncols"] - self.ROOM)}
 
 
 class Progress(ProgressCallback):
@@ -39,9 +52,8 @@ class Progress(ProgressCallback):
     ) -> None:
         self._started = (state.global_step, time.monotonic())
         if self.terminal:
-            super().on_train_begin(args, state, control, **kwargs)
-            bar: Any = self.training_bar
-            bar.update(state.global_step)
+            bar: Any = _Bar(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+            self.training_bar = bar
             self.current_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -57,6 +69,9 @@ class Progress(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         if self.terminal:
+            if self.prediction_bar is None:
+                bar: Any = _Bar(total=len(eval_dataloader), leave=self.training_bar is None, dynamic_ncols=True)
+                self.prediction_bar = bar
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_train_end(
@@ -64,6 +79,18 @@ class Progress(ProgressCallback):
     ) -> None:
         if self.terminal:
             super().on_train_end(args, state, control, **kwargs)
+
+    def close(self) -> None:
+        """Take the bars off the terminal, for a run that ends before its training does."""
+        bars: tuple[Any, ...] = (self.prediction_bar, self.training_bar)
+        self.prediction_bar = self.training_bar = None
+        for bar in bars:
+            if bar is not None:
+                bar.leave = False
+                bar.close()
+        if any(bar is not None for bar in bars):
+            sys.stderr.write(console.CLEAR_LINE)
+            sys.stderr.flush()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -90,6 +117,6 @@ class Progress(ProgressCallback):
     def _say(self, state: TrainerState, what: str) -> None:
         line = f"step {state.global_step:,}/{state.max_steps:,} (epoch {state.epoch or 0:.2f}) {what}"
         if self.terminal and self.training_bar is not None:
-            self.training_bar.write(line, file=sys.stdout)
+            self.training_bar.write(console.wrapped(line, sys.stdout), file=sys.stdout)
         else:
             logger.info(line)

@@ -85,6 +85,8 @@ def conclude_interrupted(
     """The end of a run that was asked to stop: what a batch system reads first, then the rest (rank 0 writes)."""
     if trainer.args.process_index:
         return
+    if trackers is not None:
+        trackers.progress.close()
     step = trainer.writer.committed or 0
     with contextlib.suppress(OSError):  # a full disk, whose saves have said so
         run_folder.write_status(config.output_dir, "preempted", attempt=attempt.number, step=step, by=str(by))

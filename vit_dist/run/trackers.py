@@ -28,6 +28,7 @@ from vit_dist.trainer import ExactTrainer
 class Trackers:
     metrics_file: MetricsFile
     wandb: WandbCallback | None
+    progress: Progress
     lines: list[str]  # what the plan says of each
     peak: float | None  # FLOP/s of the device in matrix products, if it was measured
 
@@ -57,10 +58,11 @@ def open_trackers(
     else:
         asked = config.training["report_to"] is not None
         lines.append("W&B off" if asked else "W&B off (not logged in: `wandb login`, or --report_to wandb)")
-    for callback in (metrics_file, Progress(trainer.batches.global_batch), wandb):
+    progress = Progress(trainer.batches.global_batch, False if config.training["disable_tqdm"] else None)
+    for callback in (metrics_file, progress, wandb):
         if callback is not None:
             trainer.add_callback(callback)
-    return Trackers(metrics_file, wandb, lines, speed.step.peak)
+    return Trackers(metrics_file, wandb, progress, lines, speed.step.peak)
 
 
 def _speed(config: Config, trainer: ExactTrainer, side: int) -> Speed:
