@@ -17,6 +17,7 @@ from vit_dist.batch import Batch, scaled_learning_rate
 from vit_dist.config import Config
 from vit_dist.environment import integer
 from vit_dist.errors import UserError
+from vit_dist.schedule import sgd_arguments
 
 
 def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
@@ -45,6 +46,8 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
         settings["dataloader_num_workers"] = 0 if settings["use_cpu"] else _spare_cores()
     if settings["dataloader_persistent_workers"] is None:
         settings["dataloader_persistent_workers"] = settings["dataloader_num_workers"] > 0
+    if momentum := sgd_arguments(settings):
+        settings["optim_args"] = momentum
     settings["torch_compile"] = bool(settings["torch_compile"])
     if not (strategy.is_sharded() or settings["fsdp"] or settings["deepspeed"]):
         # `blocks` compiles them in place: upstream compiles the wrapped model, in pieces where gradients are sent.

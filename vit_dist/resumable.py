@@ -124,7 +124,7 @@ class ResumableTrainer(Trainer):
                 snapshot.Snapshot(
                     step=self.state.global_step,
                     best_step=self._best_step,
-                    facts={**self.facts, "layout": self._layout},
+                    facts={**self.facts, "layout": self._layout, "optimizer_groups": self._optimizer_groups()},
                     parts=self._parts(),
                 )
             )
@@ -227,6 +227,14 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        saved, now = store.read_manifest(Path(checkpoint)).get("optimizer_groups"), self._optimizer_groups()
+        if saved != now:
+            # By number, PyTorch would give each parameter another one's moments.
+            raise UserError(
+                f"{checkpoint} has its parameters in other groups of the optimizer ({saved or 'not recorded'}, here "
+                f"{now}): another version of vit_dist wrote it, which decayed other weights. Go on with that version, "
+                "or begin a new run"
+            )
         optimizer = cast(Any, self.optimizer)
         asked = hyperparameters(optimizer)
         if self.is_deepspeed_enabled:
@@ -244,6 +252,13 @@ class ResumableTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing random is restored: every step seeds itself (`StepSeeds`), and a damaged file must not matter."""
+
+    def _optimizer_groups(self) -> dict[str, int]:
+        """How many of the trained tensors the optimizer decays, and how many it does not."""
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        decayed = len(trained.intersection(self.get_decay_parameter_names(model)))
+        return {"decayed": decayed, "not_decayed": len(trained) - decayed}
 
     @property
     def _layout(self) -> str:

@@ -33,7 +33,18 @@ def describe_rate(config: Config, rate: float, steps: int) -> str:
         before, scaling = config.training["learning_rate"], config.scaling.learning_rate_scaling
         text += f" = {before:g} x {rate / before:g} ({scaling}, from a batch of {reference})"
     text += f", {str(config.training['lr_scheduler_type']).rpartition('.')[2].lower()}"
-    return text + (f", {warmup:,} warm-up step{'s' if warmup > 1 else ''}" if warmup else "")
+    text += f", {warmup:,} warm-up step{'s' if warmup > 1 else ''}" if warmup else ""
+    return text + (f"; sgd with {momentum}" if (momentum := sgd_arguments(config.training)) else "")
+
+
+def sgd_arguments(training: dict[str, Any]) -> str | None:
+    """`--optim_args` of SGD, with momentum 0.9 unless another is given; None for another optimizer."""
+    if str(training["optim"]).rpartition(".")[2].lower() != "sgd":
+        return None
+    given = str(training["optim_args"] or "").replace(" ", "").strip(",")
+    if any(part.partition("=")[0] == "momentum" for part in given.split(",")):
+        return given
+    return ",".join(filter(None, (given, "momentum=0.9")))
 
 
 def curve(config: Config, rate: float, steps: int) -> dict[int, float]:

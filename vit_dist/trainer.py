@@ -37,6 +37,8 @@ from vit_dist.errors import UserError
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.metrics.outcomes import Outcomes, judge, judged
 from vit_dist.resumable import ResumableTrainer
+from vit_dist.schedule import total_steps, warmup_steps
+from vit_dist.weight_decay import decayed_names
 
 
 def build_batches(config: Config, args: TrainingArguments, num_images: int) -> GlobalBatchSampler:
@@ -63,6 +65,9 @@ def build_trainer(
     static_shapes: bool = False,
 ) -> ExactTrainer:
     batches = build_batches(config, args, len(data.train))
+    if str(config.training["optim"]).rpartition(".")[2].lower().startswith("schedule_free"):
+        # They warm up by themselves, and upstream hands them a share of all steps as if it were a number of steps.
+        args.warmup_steps = warmup_steps(config, total_steps(config, batches.steps_per_epoch))
     make = functools.partial(
         ExactTrainer,
         batches=batches,
@@ -147,6 +152,10 @@ class ExactTrainer(ResumableTrainer):
         self.looks_late = self.args.device.type in self.LATE_ON and not self.is_deepspeed_enabled
         if self.looks_late:
             self.add_callback(_LookBeforeItIsKept(self))
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Upstream's also decays tokens, position embeddings and layer scales."""
+        return decayed_names(model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by Accelerate: the sampler already yields this rank's share."""

@@ -173,9 +173,10 @@ def _slots(optim: str) -> float:
     """Values of the parameter's size that the optimizer keeps: Adam's two moments and so on."""
     if "8bit" in optim:
         return 0.5
-    if "adafactor" in optim or optim == "sgd":
+    if "adafactor" in optim:
         return 0
-    return 1 if any(name in optim for name in ("lion", "rmsprop", "adagrad")) else 2
+    # SGD's is the momentum, which `schedule.sgd_arguments` sets.
+    return 1 if any(name in optim for name in ("lion", "rmsprop", "adagrad", "sgd")) else 2
 
 
 def _whole(shapes: Iterable[tuple[int, ...]]) -> int:

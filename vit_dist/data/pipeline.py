@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 
 from vit_dist.data.dataset import ImageDataset
-from vit_dist.data.decode import DecodeRules
+from vit_dist.data.decode import DecodeRules, stored_size
 from vit_dist.data.source import load_source
 from vit_dist.data.split import (
     class_list,
@@ -70,6 +71,8 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
     for split, table in tables.items():
         if missing := classes_without_images(table, classes):
             notes.append(f"no images in {split} of {', '.join(missing[:10])}{' and more' if len(missing) > 10 else ''}")
+    if model.image_size is not None:
+        notes += _enlargement(tables["train"], model.image_size)
     plain, augmented = Transform(processor), Transform(processor, options, seed)
     sets = {
         split: ImageDataset(table, augmented if split == "train" else plain, rules) for split, table in tables.items()
@@ -93,6 +96,18 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
         skipped,
         plain.side,
     )
+
+
+def _enlargement(table: datasets.Dataset, asked: int, probes: int = 32) -> list[str]:
+    """A note if `--image_size` is at least twice the median image's shorter side, by the headers of some images."""
+    rows = sorted({i * (len(table) - 1) // max(1, probes - 1) for i in range(probes)})
+    sides = [min(size) for image in table[rows]["image"] if (size := stored_size(image)) is not None]
+    if not sides or asked < 2 * (side := int(statistics.median(sides))):
+        return []
+    return [
+        f"--image_size {asked} is {asked / side:.1f} times the images' own {side} px (median shorter side): more "
+        "compute, no more detail"
+    ]
 
 
 def _without_bad(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image, ImageOps
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, ViTImageProcessorPil
+from transformers import AutoImageProcessor, SiglipImageProcessorPil, ViTImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vit_dist.errors import UserError
+from vit_dist.families import check_image_size, load_family, location
 from vit_dist.options import DataOptions, ModelOptions
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 TINY_IMAGE_SIZE = 32  # pixels; the input side of `--model tiny`
+TINY_GRID = 4  # its patches to a side
 _FAST = 2**20  # pixels up to which PyTorch's resize is faster than Pillow's; three times at 400 x 533
 
 
@@ -43,24 +47,57 @@ def load_processor(options: ModelOptions, cache_dir: str | None = None) -> Any:
             "torchvision, or transformers>=5.23"
         ) from None
     if options.model == "tiny":
-        side = size or TINY_IMAGE_SIZE
-        return ViTImageProcessorPil(size={"height": side, "width": side})
+        return _tiny_processor(size or TINY_IMAGE_SIZE)
     reachable = find_model(options)
     try:
-        processor = load(
-            options.model, revision=options.model_revision, cache_dir=cache_dir, backend="pil", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        if not reachable:
+        family = load_family(options, cache_dir)
+        if size is not None:
+            check_image_size(family.config, size)
+        processor = _pil_processor(load, options, cache_dir)
+    except (UserError, OSError, ValueError) as error:
+        missing = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+        if missing and not reachable:
             raise UserError(
                 f"model {options.model}: no such folder, the Hugging Face hub cannot be reached, and no copy is in the "
                 "cache; give a folder, or download it where there is a network"
             ) from None
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"model {options.model}: no image processor (preprocessor_config.json) could be loaded: "
             f"{str(error).splitlines()[0]}"
         ) from None
     return processor if size is None else _resized(processor, size, options.model)
+
+
+def _tiny_processor(side: int) -> Any:
+    if side > TINY_GRID and side % TINY_GRID:
+        below = side // TINY_GRID * TINY_GRID
+        raise UserError(
+            f"image_size={side}: `tiny` cuts images into {TINY_GRID} x {TINY_GRID} patches; use {below} or "
+            f"{below + TINY_GRID}"
+        )
+    return ViTImageProcessorPil(size={"height": side, "width": side})
+
+
+def _pil_processor(load: Callable[..., Any], options: ModelOptions, cache_dir: str | None) -> Any:
+    """`load` is `AutoImageProcessor.from_pretrained`. Two families need another one:
+
+    DINOv3's needs torchvision. It resizes in float where Pillow rounds to whole grey levels.
+    SigLIP 2's (NaFlex) keeps the aspect ratio and makes patches; square images have as many of them.
+    """
+    where = location(options, cache_dir)
+    stated, _ = ViTImageProcessorPil.get_image_processor_dict(options.model, **where)
+    kind = str(stated.get("image_processor_type")).removesuffix("Fast")
+    common = {key: stated[key] for key in ("image_mean", "image_std", "rescale_factor", "resample") if key in stated}
+    if kind == "DINOv3ViTImageProcessor":
+        common.setdefault("image_mean", list(IMAGENET_DEFAULT_MEAN))
+        common.setdefault("image_std", list(IMAGENET_DEFAULT_STD))
+        return ViTImageProcessorPil(**common, size=stated.get("size", {"height": 224, "width": 224}))
+    if kind == "Siglip2ImageProcessor":
+        side = math.isqrt(stated.get("max_num_patches", 256)) * stated.get("patch_size", 16)
+        return SiglipImageProcessorPil(**{"resample": 2, **common}, size={"height": side, "width": side})
+    return load(options.model, backend="pil", **where)
 
 
 def find_model(options: ModelOptions) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
+from vit_dist.families import OURS
 from vit_dist.files import replacing
 from vit_dist.terminal import markdown, markdown_code, one_line
 
@@ -69,7 +71,7 @@ def check_export(
             f"{folder}: the saved image processor does not make the pixels that the model was evaluated on"
         )
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        again = model(seen.to(device)).logits.float().cpu().numpy()
+        again = model(pixel_values=seen.to(device)).logits.float().cpu().numpy()
     ours = logits[:count].astype(np.float32)
     tolerance = (1e-4 if dtype == torch.float32 else 5e-2) * max(1.0, float(np.abs(ours).max()))
     if not np.abs(again - ours).max() <= tolerance:
@@ -116,6 +118,7 @@ def write_model_card(
         metadata=metadata.to_yaml(),
         name=markdown(name),
         base=markdown_code(base if on_hub or base == "tiny" else Path(base).name),
+        imports=_imports(folder),
         data="\n".join(f"- {markdown(line)}" for line in description),
         classes=", ".join(map(markdown_code, classes[:50])) + (" and more" if len(classes) > 50 else ""),
         which=f"The best of {results['train_steps']:,} steps by the validation split, step {results['best_step']:,}."
@@ -128,6 +131,12 @@ def write_model_card(
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
     )
     ModelCard(content, ignore_metadata_errors=True).save(folder / "README.md")
+
+
+def _imports(folder: Path) -> str:
+    """The line that a model needs whose classifier is not transformers' own."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    return "import vit_dist.classifiers  # registers this model's class\n" if model_type in OURS else ""
 
 
 def _eval_result(split: str, data: str, results: Mapping[str, Any]) -> EvalResult:
@@ -163,7 +172,7 @@ An image classifier, fine-tuned from {base} with vit_dist.
 ## Use
 
 ```python
-from transformers import pipeline
+{imports}from transformers import pipeline
 
 classify = pipeline("image-classification", model="path/to/this/folder")
 classify("photo.jpg")

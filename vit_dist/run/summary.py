@@ -8,6 +8,7 @@ from vit_dist import __version__
 from vit_dist.batch import Batch
 from vit_dist.build import Built
 from vit_dist.config import Config
+from vit_dist.model import differing_draws, random_draws
 from vit_dist.run.attempts import Attempt
 from vit_dist.run.trackers import Trackers
 from vit_dist.schedule import describe_rate, total_steps
@@ -44,6 +45,8 @@ def describe(
         ("rate", describe_rate(config, args.learning_rate, steps)),
         ("output", f"{config.output_dir}; {metrics}"),
     ]
+    if args.world_size > 1 and (draws := random_draws(built.model.model)):
+        lines.append(("note", differing_draws(draws)))
     lines += [("note", note) for note in attempt.notes]
     if attempt.checkpoint:
         lines.append(("resume", f"from {Path(attempt.checkpoint).name}, attempt {attempt.number}"))

@@ -83,7 +83,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.data.resident import resident_bytes
     from vit_dist.data.sampler import GlobalBatchSampler
     from vit_dist.metrics import ClassificationMetrics
-    from vit_dist.model import skeleton
+    from vit_dist.model import differing_draws, random_draws, skeleton
     from vit_dist.schedule import curve, describe_rate, total_steps, warmup_steps
     from vit_dist.trainer import require_metric
     from vit_dist.verbs.plan_strategies import weigh
@@ -131,6 +131,8 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     }  # fmt: skip
     plan |= {"bench": asdict(bench) if bench else None, **weighed}
     plan["time"] = _time(config, machines, steps * batch.total, plan, asked)
+    draws = random_draws(model) if machines.processes > 1 else ""
+    plan["warnings"] = [differing_draws(draws)] if draws else []
     plan["config"] = config.resolved()
     return plan
 

@@ -60,6 +60,7 @@ def render(plan: dict[str, Any]) -> list[str]:
         lines.append(
             ("time", "not known; give --bench and --link, --images_per_second, or plan the folder of a finished run")
         )
+    lines += [("warning", line) for line in plan["warnings"]]
     return [f"{title:<9}{line}" for title, line in lines]
 
 
