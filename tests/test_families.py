@@ -1,4 +1,4 @@
-"""Every image classifier of transformers, small: what is loaded, saved and resumed keeps every weight but the head's."""
+"""Every image classifier of transformers, small: all weights but the head survive loading, saving and resuming."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def test_checkpoint_of_another_architecture_is_refused(saved: dict[str, Path], t
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((saved["vit"] / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((saved["convnext"] / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="backbone weights are not in the checkpoint"):
+    with pytest.raises(UserError, match="weights besides the classifier are not in the checkpoint"):
         build(tmp_path, CLASSES)
 
 

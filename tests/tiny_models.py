@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 FAMILIES = tuple(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 VIT: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
     "image_size": 32, "patch_size": 8,
 }  # fmt: skip
 SWIN: dict[str, Any] = {
@@ -21,7 +21,7 @@ TEXT: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 99,
     "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-TOWERS: dict[str, Any] = {"vision_config": {**VIT, "num_hidden_layers": 1}, "text_config": TEXT}
+TOWERS: dict[str, Any] = {"vision_config": VIT, "text_config": TEXT}
 NAFLEX = {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 16}
 STAGES: dict[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16]}
 HEADS: dict[str, Any] = {**STAGES, "num_attention_heads": [1, 1, 2, 2]}
@@ -67,7 +67,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
     "segformer": {**HEADS, "decoder_hidden_size": 8},
     "siglip": TOWERS,
-    "siglip2": {"vision_config": {**NAFLEX, "num_hidden_layers": 1}, "text_config": TEXT},
+    "siglip2": {"vision_config": NAFLEX, "text_config": TEXT},
     "swiftformer": {"depths": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16]},
     "swin": SWIN,
     "swinv2": SWIN,
