@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from test_model import FAMILIES
 from transformers import Trainer, TrainingArguments
 
@@ -89,8 +91,33 @@ def test_canary_stock_trainer_still_loses_the_encoder(family: str, tmp_path: Pat
     assert len(lost) > len(model.state_dict()) / 4, "upstream's raw load_state_dict now finds its tensors"
 
 
+def test_canary_upstream_reads_what_the_trainer_sets(vit: Any, tmp_path: Path) -> None:
+    """Names without which `ExactTrainer` would silently count labels in a collective, keep gradients twice, or fork."""
+    assert hasattr(Trainer(model=vit, args=arguments(tmp_path)), "model_accepts_loss_kwargs")
+    for method, name in (
+        (Trainer.training_step, "model_accepts_loss_kwargs"),
+        (Trainer.get_batch_samples, "model_accepts_loss_kwargs"),
+        (Trainer.get_eval_dataloader, "_eval_dataloaders"),
+    ):
+        assert name in method.__code__.co_names + method.__code__.co_consts, f"{method.__name__} reads {name} no more"
+    assert "gradient_as_bucket_view" in {field.name for field in dataclasses.fields(DistributedDataParallelKwargs)}
+    trainer = exact_trainer(vit, tmp_path)
+    assert trainer.accelerator.ddp_handler.to_kwargs()["gradient_as_bucket_view"] is True
+    assert trainer.model_accepts_loss_kwargs is False
+
+
+def test_canary_upstream_keeps_evaluation_loaders_where_they_are_looked_for(vit: Any, tmp_path: Path) -> None:
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    )  # fmt: skip
+    trainer = Trainer(model=vit, args=args, eval_dataset=torch.utils.data.TensorDataset(torch.zeros(2)))
+    loader = trainer.get_eval_dataloader()
+    assert list(trainer._eval_dataloaders.values()) == [loader]
+
+
 def test_canary_the_overridden_methods_exist_upstream() -> None:
     for name in ("_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler", "_load_rng_state",
                  "_save_checkpoint", "_evaluate", "_determine_best_metric", "_maybe_log_save_evaluate",
-                 "_get_grad_norm"):  # fmt: skip
+                 "_get_grad_norm", "get_decay_parameter_names"):  # fmt: skip
         assert name in vars(Trainer), f"upstream renamed {name}: ExactTrainer's override is never called"
