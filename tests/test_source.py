@@ -167,8 +167,8 @@ def test_hidden_files_do_not_matter_but_hidden_images_do(load, tmp_path):
     for name in (".DS_Store", ".git/config", "__MACOSX/a/._0.png", "a/._0.png", "a/Thumbs.db", "notes.txt"):
         (root / name).touch()
     source = load(root)
-    assert len(source.tables["train"]) == 4 and "2 other files ignored" in source.description
-    for folder in (".ipynb_checkpoints", "a/.ipynb_checkpoints"):
+    assert len(source.tables["train"]) == 4 and "2 other files ignored (1 .db, 1 .txt)" in source.description
+    for folder in (".mine", "a/.mine"):
         image_folder(root, {folder: 1})
         message = error(load, root)
         assert str(root / folder) in message and "delete it" in message
@@ -209,7 +209,7 @@ def test_home_and_relative_paths(load, tmp_path, monkeypatch):
 def test_default_cache_is_that_of_hugging_face(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path / "hf")
     load_source(DataOptions(data=str(image_folder(tmp_path / "photos", {"a": 1, "b": 1}))))
-    assert list((tmp_path / "hf" / "vit_dist").glob("index-*.parquet"))
+    assert list((tmp_path / "hf" / "vit_dist").glob("index-*.sealed"))
 
 
 # The index
@@ -231,9 +231,9 @@ def test_folder_unchanged_is_listed_once(tmp_path, scans):
         assert len(folder_index(root, tmp_path).images) == 4
     assert len(scans) == 1
     (root / "b" / "deep" / "0.png").rename(root / "b" / "deep" / "renamed.png")
-    assert "b/deep/renamed.png" in folder_index(root, tmp_path).images and len(scans) == 2
+    assert "b/deep/renamed.png" in folder_index(root, tmp_path).images.to_pylist() and len(scans) == 2
     shutil.rmtree(root / "b")
-    assert folder_index(root, tmp_path).images == ["a/0.png", "a/1.png"] and len(scans) == 3
+    assert folder_index(root, tmp_path).images.to_pylist() == ["a/0.png", "a/1.png"] and len(scans) == 3
 
 
 def test_file_added_in_the_same_clock_tick_is_noticed(tmp_path, scans):
@@ -249,7 +249,7 @@ def test_index_damaged_is_made_again(tmp_path, scans):
     root = image_folder(tmp_path / "photos", {"a": 2})
     settle(root)
     folder_index(root, tmp_path)
-    (path,) = tmp_path.glob("index-*.parquet")
+    (path,) = tmp_path.glob("index-*.sealed")
     path.write_bytes(path.read_bytes()[:-20])
     assert len(folder_index(root, tmp_path).images) == 2 and len(scans) == 2
     assert not list(tmp_path.glob("*.tmp"))

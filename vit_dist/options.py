@@ -39,6 +39,14 @@ class DataOptions:
         "Name of the split that is evaluated once, at the end; `none` leaves a test split alone. Default: test if "
         "there is one.",
     )
+    class_folders: str | None = _option(
+        None,
+        "Which folders are the classes of an image folder whose class folders hold folders: `top`, those directly in "
+        "the split; `leaf`, those that hold the images, by name (by path where two have one name). Given, it also says "
+        "that folders which may be splits, variants or beside a table are classes. Default: top, or a refusal where "
+        "both make sense.",
+        choices=["top", "leaf"],
+    )
     train_val_split: float = _option(
         0.15, "Share of train to hold out, by class and by `data_seed`, when there is no validation split."
     )

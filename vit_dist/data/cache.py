@@ -1,7 +1,8 @@
-"""Where remembered things lie, and the lock under which one process makes them for many."""
+"""Where remembered things lie, the lock under which one process makes them for many, and the digest they carry."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,9 @@ import datasets
 from filelock import FileLock
 
 from vit_dist.errors import UserError
+from vit_dist.files import replacing
+
+_DIGEST_BYTES = 32
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -44,3 +48,20 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def write_sealed(path: Path, content: bytes | memoryview) -> None:
+    """Replace the file by `content`, preceded by its SHA-256."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(hashlib.sha256(content).digest())
+        file.write(content)
+
+
+def read_sealed(path: Path) -> memoryview | None:
+    """What `write_sealed` wrote; None if there is no such file or a bit of it has changed since."""
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError:
+        return None
+    digest, rest = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return rest if hashlib.sha256(rest).digest() == digest else None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vit_dist.data.cache import locked
+from vit_dist.data.cache import locked, read_sealed, write_sealed
 from vit_dist.errors import UserError
-from vit_dist.files import is_run_folder, replacing
+from vit_dist.files import is_run_folder
 
 # fmt: off
 IMAGE_EXTENSIONS = frozenset([
@@ -23,25 +27,47 @@ IMAGE_EXTENSIONS = frozenset([
     "mpo", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
     "heic", "heif",  # they do not decode, and must be reported rather than overlooked
 ])
+# Folders that file systems, desktops and version control keep for themselves, in lower case.
+_SYSTEM_FOLDERS = frozenset([
+    "__macosx", "__pycache__", "@eadir", "@recently-snapshot", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
+    ".appledb", ".appledesktop", ".appledouble", ".documentrevisions-v100", ".dvc", ".fseventsd", ".git", ".hg",
+    ".ipynb_checkpoints", ".snapshot", ".snapshots", ".spotlight-v100", ".svn", ".temporaryitems", ".thumbnails",
+    ".trash", ".trashes", ".zfs", "found.000", "lost+found", "network trash folder", "recycled", "recycler",
+    "system volume information", "temporary items",
+])
 # fmt: on
 TABLE_EXTENSIONS = frozenset(["parquet", "csv", "tsv", "json", "jsonl", "tar"])
-_VERSION = 1
+_VERSION = 2
 _CLOCK_TICK_NS = 2_000_000_000  # coarser than the time stamps of any file system in use
+_PSEUDO_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
+_MOST_SUFFIXES = 20  # that are told apart in one folder
+_LONGEST_SUFFIX = 10
 
 
 @dataclass
 class FolderIndex:
-    """What lies below a folder; every path is relative to it, with forward slashes, and sorted."""
+    """What lies below a folder. Every path is relative to it, with forward slashes; lists are sorted."""
 
-    images: list[str] = field(default_factory=list)
+    images: pa.StringArray = field(default_factory=lambda: pa.array([], pa.string()))
+    folders: list[str] = field(default_factory=list)  # those that hold images directly
+    folder_of: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # for each image, into `folders`
+    directories: list[str] = field(default_factory=list)  # all visible ones but the root
     tables: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)  # hidden folders with images in them
-    num_other: int = 0  # visible files that are neither
+    system: dict[str, int] = field(default_factory=dict)  # folders of the system by name, which are not read
+    links: list[str] = field(default_factory=list)  # links to folders that are not followed
+    others: dict[str, dict[str, int]] = field(default_factory=dict)  # further files by folder and suffix
+
+    @property
+    def num_other(self) -> int:
+        """Visible files that are neither images nor tables."""
+        return sum(sum(counts.values()) for counts in self.others.values())
 
 
 @dataclass
 class _Scan:
     index: FolderIndex = field(default_factory=FolderIndex)
+    images: list[str] = field(default_factory=list)
     # Per directory: path, modification time in ns, number of entries.
     directories: list[tuple[str, int, int]] = field(default_factory=list)
     time_ns: int = 0
@@ -57,7 +83,7 @@ def folder_index(root: Path, cache: Path) -> FolderIndex:
     """
     root = root.resolve()
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
-    path = cache / f"index-{key}.parquet"
+    path = cache / f"index-{key}.sealed"
     scan = _read(path)
     if scan is None or not _holds(root, scan):
         with locked(path):
@@ -68,61 +94,186 @@ def folder_index(root: Path, cache: Path) -> FolderIndex:
     return scan.index
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+def make_index(images: list[str]) -> FolderIndex:
+    """An index of image files at these paths, which must be sorted.
+
+    Raises `UnicodeEncodeError` for a path that is not valid UTF-8.
+    """
+    parents = [path.rpartition("/")[0] for path in images]
+    folders = sorted(set(parents))
+    number = {folder: position for position, folder in enumerate(folders)}
+    folder_of = np.fromiter(map(number.__getitem__, parents), np.int32, len(parents))
+    return FolderIndex(images=pa.array(images, pa.string()), folders=folders, folder_of=folder_of)
+
+
+def _is_system(name: str) -> bool:
+    name = name.lower()
+    return name in _SYSTEM_FOLDERS or name.startswith(".trash-")
+
+
+class _Walk:
+    """Lists a tree. Directories of the tree itself come before what links lead to, so that an image has the path that
+    it has without links; a link to a directory that was read already is left out."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.scan = _Scan(time_ns=time.time_ns())
+        self.hidden: set[str] = set()
+        self.system: Counter[str] = Counter()
+        self.seen = {_identity(os.stat(parent)) for parent in root.parents}
+        here = os.stat(root).st_dev
+        self.pseudo = {os.stat(path).st_dev for path in _PSEUDO_FILE_SYSTEMS if os.path.isdir(path)} - {here}
+
+    def run(self) -> _Scan:
+        pending: list[tuple[str, str | None, bool]] = [("", None, False)]  # path, hidden folder above, behind a link
+        links: list[tuple[str, str | None]] = []
+        while pending or links:
+            if not pending:
+                links.sort(reverse=True)
+                link, hidden_in = links.pop()
+                pending.append((link, hidden_in, True))
+            relative, hidden_in, linked = pending.pop()
+            for name, is_link in self._list(relative, hidden_in, linked):
+                path = f"{relative}/{name}" if relative else name
+                if _is_system(name):
+                    self.system[name] += 1
+                    continue
+                inside = hidden_in or (path if name.startswith(".") else None)
+                if is_link:
+                    links.append((path, inside))
+                else:
+                    pending.append((path, inside, linked))
+        index = self.scan.index
+        index.tables.sort()
+        index.links.sort()
+        index.directories.sort()
+        index.hidden, index.system = sorted(self.hidden), dict(sorted(self.system.items()))
+        self.scan.images.sort()
+        return self.scan
+
+    def _list(self, relative: str, hidden_in: str | None, linked: bool) -> list[tuple[str, bool]]:
+        """Take the files of a directory into the index; its directories, and whether each is a link."""
+        try:
+            found = os.stat(self.root / relative)
+            if linked and (_identity(found) in self.seen or found.st_dev in self.pseudo):
+                self.scan.index.links.append(relative)
+                return []
+            with os.scandir(self.root / relative) as listing:
+                entries = list(listing)
+        except OSError as error:
+            raise UserError(f"cannot read the folder {self.root / relative}: {error.strerror}") from error
+        marked = relative and {"status.json", ".lock"} & {entry.name for entry in entries}
+        if marked and is_run_folder(self.root / relative):
+            return []  # what a run leaves is never data, wherever its folder lies
+        self.seen.add(_identity(found))
+        self.scan.directories.append((relative, found.st_mtime_ns, len(entries)))
+        if relative and hidden_in is None and _is_utf8(relative):
+            self.scan.index.directories.append(relative)
+        inner = []
+        for entry in entries:
+            if _is_directory(entry):
+                inner.append((entry.name, entry.is_symlink()))
+            elif not entry.name.startswith("."):
+                self._add_file(entry, relative, hidden_in)
+        return inner
+
+    def _add_file(self, entry: os.DirEntry[str], folder: str, hidden_in: str | None) -> None:
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        extension = os.path.splitext(entry.name)[1][1:].lower()
+        # A link that leads nowhere, or to no file, counts as an image, so that it is reported; a pipe does not.
+        if extension in IMAGE_EXTENSIONS and (entry.is_symlink() or _is_file(entry)):
+            if hidden_in is not None:
+                self.hidden.add(hidden_in)
+            else:
+                self.scan.images.append(path)
+        elif hidden_in is not None:
+            return
+        elif extension in TABLE_EXTENSIONS and (_is_file(entry) or _is_dangling(entry)):
+            self.scan.index.tables.append(path)
+        elif _is_utf8(path):
+            counts = self.scan.index.others.setdefault(folder, {})
+            known = extension in counts or (len(counts) < _MOST_SUFFIXES and len(extension) <= _LONGEST_SUFFIX)
+            suffix = extension if known else "..."
+            counts[suffix] = counts.get(suffix, 0) + 1
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _is_dangling(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _scan(root: Path) -> _Scan:
-    scan = _Scan(time_ns=time.time_ns())
-    stack: list[tuple[str, str | None, frozenset[tuple[int, int]]]] = [("", None, frozenset())]
-    hidden: set[str] = set()
-    while stack:
-        relative, hidden_in, parents = stack.pop()
-        try:
-            stat = os.stat(root / relative)
-            with os.scandir(root / relative) as listing:
-                entries = list(listing)
-        except OSError as error:
-            raise UserError(f"cannot read the folder {root / relative}: {error.strerror}") from error
-        if relative and {"status.json", ".lock"} & {entry.name for entry in entries} and is_run_folder(root / relative):
-            continue  # what a run leaves is never data, wherever its folder lies
-        identity = (stat.st_dev, stat.st_ino)
-        if identity in parents:
-            continue  # a link to a folder that it lies in
-        scan.directories.append((relative, stat.st_mtime_ns, len(entries)))
-        for entry in entries:
-            path = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.is_dir():
-                inside = hidden_in or (path if _is_hidden(entry.name) else None)
-                stack.append((path, inside, parents | {identity}))
-            elif not _is_hidden(entry.name):
-                _add_file(scan.index, hidden, entry, path, hidden_in)
-    scan.index.images.sort()
-    scan.index.tables.sort()
-    scan.index.hidden = sorted(hidden)
+    try:
+        walk = _Walk(root)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {root}: {error.strerror}") from error
+    scan = walk.run()
+    index = scan.index
+    _require_utf8(str(root), *index.tables)
+    try:
+        made = make_index(scan.images)
+    except UnicodeEncodeError as error:
+        _require_utf8(error.object)
+        raise
+    if not _LOCALE_IS_UTF8:
+        _require_utf8(*scan.images)
+    index.images, index.folders, index.folder_of = made.images, made.folders, made.folder_of
     return scan
 
 
-def _add_file(index: FolderIndex, hidden: set[str], entry: os.DirEntry[str], path: str, hidden_in: str | None) -> None:
-    extension = os.path.splitext(entry.name)[1][1:].lower()
-    # A dangling link counts as an image, so that it is reported; a pipe does not: it would never end.
-    is_image = extension in IMAGE_EXTENSIONS and (entry.is_symlink() or entry.is_file())
-    if hidden_in is not None:
-        if is_image:
-            hidden.add(hidden_in)
-    elif is_image:
-        index.images.append(path)
-    elif extension in TABLE_EXTENSIONS:
-        index.tables.append(path)
-    else:
-        index.num_other += 1
+_LOCALE_IS_UTF8 = sys.getfilesystemencoding() == "utf-8"
+
+
+def _require_utf8(*names: str) -> None:
+    """Raise `UserError` for a name that is not UTF-8 on the disk, or that this locale cannot show."""
+    for name in names:
+        try:
+            name.encode()
+            if _LOCALE_IS_UTF8 or name.isascii():
+                continue
+        except UnicodeEncodeError:
+            pass
+        try:
+            os.fsencode(name).decode()
+        except UnicodeError:
+            raise UserError(f"a file name is not valid UTF-8, rename the file: {name!a}") from None
+        raise UserError(
+            f"the locale's encoding is {sys.getfilesystemencoding()}, and names of files are UTF-8 ({name!a}): "
+            "set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+        )
 
 
 def _holds(root: Path, scan: _Scan) -> bool:
     try:
         for relative, mtime_ns, num_entries in scan.directories:
             directory = root / relative
-            if os.stat(directory).st_mtime_ns != mtime_ns:
+            found = os.stat(directory)
+            if found.st_mtime_ns != mtime_ns or not stat.S_ISDIR(found.st_mode):
                 return False
             recent = mtime_ns > scan.time_ns - _CLOCK_TICK_NS
             if recent and len(os.listdir(directory)) != num_entries:
@@ -132,32 +283,33 @@ def _holds(root: Path, scan: _Scan) -> bool:
     return True
 
 
+_HEADER_FIELDS = ("folders", "directories", "tables", "hidden", "system", "links", "others")
+
+
 def _write(path: Path, scan: _Scan) -> None:
     index = scan.index
-    header = {
-        "version": _VERSION,
-        "time_ns": scan.time_ns,
-        "directories": scan.directories,
-        "tables": index.tables,
-        "hidden": index.hidden,
-        "num_other": index.num_other,
-    }
-    try:
-        images = pa.array(index.images, pa.string())
-        table = pa.table({"path": images}).replace_schema_metadata({"vit_dist": json.dumps(header)})
-    except UnicodeEncodeError as error:
-        raise UserError(f"a file name is not valid UTF-8, rename the file: {error.object!a}") from error
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    header = {name: getattr(index, name) for name in _HEADER_FIELDS}
+    header |= {"version": _VERSION, "time_ns": scan.time_ns, "scanned": scan.directories}
+    table = pa.table({"path": index.images, "folder": index.folder_of})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"vit_dist": json.dumps(header)}), sink, compression="zstd")
+    write_sealed(path, memoryview(sink.getvalue()))
 
 
 def _read(path: Path) -> _Scan | None:
+    content = read_sealed(path)
+    if content is None:
+        return None
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(pa.py_buffer(content)))
         header: dict[str, Any] = json.loads((table.schema.metadata or {})[b"vit_dist"])
         if header["version"] != _VERSION:
             return None
-        index = FolderIndex(table["path"].to_pylist(), header["tables"], header["hidden"], header["num_other"])
-        return _Scan(index, [tuple(d) for d in header["directories"]], header["time_ns"])
+        index = FolderIndex(
+            images=table["path"].combine_chunks(),
+            folder_of=table["folder"].to_numpy(),
+            **{name: header[name] for name in _HEADER_FIELDS},
+        )
+        return _Scan(index, [], [tuple(d) for d in header["scanned"]], header["time_ns"])
     except (OSError, KeyError, ValueError, TypeError, pa.ArrowException):
-        return None  # missing, or written by another version or not to its end: it is built again
+        return None  # written by another version: it is built again

@@ -55,7 +55,7 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
     source = load_source(options)
     classes = class_list(source.tables["train"], source.names)
     tables = {split: encode_labels(table, classes, split) for split, table in source.tables.items()}
-    notes, split_hash = [source.description], None
+    notes, split_hash = [source.description, *source.notes], None
     if "validation" not in tables:
         tables["train"], tables["validation"], split_hash = hold_out(tables["train"], options.train_val_split, seed)
         share = f"{options.train_val_split:.0%}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from vit_dist.data.cache import cache_folder
 from vit_dist.data.columns import (
@@ -23,8 +22,12 @@ from vit_dist.data.columns import (
     split_roles,
     usual_role,
 )
+from vit_dist.data.folders import class_tables, folder_notes, layout_of, num_without_row
 from vit_dist.data.hub import datasets_cache, first_line, load_hub
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
+from vit_dist.data.layout import Layout
+from vit_dist.data.listing import listed, shortened
+from vit_dist.data.shards import require_labels
 from vit_dist.data.split import hold_out
 from vit_dist.data.tables import extension, has_images, read_rows, split_of
 from vit_dist.errors import UserError
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
 
     from vit_dist.options import DataOptions
 
-_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-
 
 @dataclass(frozen=True)
 class Source:
@@ -46,6 +47,7 @@ class Source:
     names: list[str] | None  # class names that the source declares, in the order of its integer labels
     description: str  # one line: what was understood
     revision: str | None = None  # commit of a hub data set
+    notes: list[str] = field(default_factory=list)  # what was decided on the way
 
 
 def load_source(options: DataOptions) -> Source:
@@ -63,6 +65,8 @@ def load_source(options: DataOptions) -> Source:
         splits, commit = load_hub(data, options)
         return _from_splits(splits, data, "Hugging Face hub", options, commit)
     if path.is_file():
+        if extension(path.name) == "tar" and options.label_column_name is None:
+            require_labels(path)
         return _files(path.parent, {"train": [path.name]}, str(path), options)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _saved(path, options)
@@ -94,18 +98,68 @@ def _kinds(extensions: frozenset[str]) -> str:
 
 def _folder(root: Path, options: DataOptions) -> Source:
     index = folder_index(root, cache_folder(options.cache_dir))
-    tables = index.tables
-    if index.images:  # class folders may well hold tables about something else
-        tables = [file for file in tables if has_images(root, file, options.image_column_name)]
-    if tables:
-        return _files(root, _by_split(tables), str(root), options)
+    if not len(index.images):
+        if index.tables:
+            if extension(index.tables[0]) == "tar" and options.label_column_name is None:
+                require_labels(root / index.tables[0])
+            return _files(root, _by_split(index.tables), str(root), options)
+        _refuse_hidden(root, index)
+        raise UserError(f"{root}: no images ({_kinds(IMAGE_EXTENSIONS)}) and no tables ({_kinds(TABLE_EXTENSIONS)})")
+    # Class folders may well hold tables about something else.
+    tables = [file for file in index.tables if has_images(root, file, options.image_column_name)]
+    if tables and not options.class_folders:
+        return _beside_images(root, index, tables, options)
+    try:
+        layout = layout_of(root, index, options)
+    except UserError as error:
+        if not index.tables or options.class_folders:
+            raise
+        raise UserError(f"{error}. {listed(index.tables, 60, 2)} may label them: see --image_column_name") from None
+    return _image_folder(root, index, layout, tables)
+
+
+def _refuse_hidden(root: Path, index: FolderIndex) -> None:
     if index.hidden:
         raise UserError(
             f"{root / index.hidden[0]} is a hidden folder with images in it: delete it, or rename it if it is a class"
         )
-    if not index.images:
-        raise UserError(f"{root}: no images ({_kinds(IMAGE_EXTENSIONS)}) and no tables ({_kinds(TABLE_EXTENSIONS)})")
-    return _image_folder(root, index, options)
+
+
+def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: DataOptions) -> Source:
+    """Tables that name images beside the images: one of the two says what the classes are."""
+    layout, source = None, None
+    with contextlib.suppress(UserError):  # the folders are no classes
+        layout = layout_of(root, index, options)
+    try:
+        source = _files(root, _by_split(tables), str(root), options)
+    except UserError:
+        if layout is None or options.image_column_name or options.label_column_name:
+            raise
+    if source is None and layout is not None:
+        return _image_folder(root, index, layout, tables)
+    assert source is not None
+    missing, embedded = num_without_row(root, index, source.tables.values())
+    total = len(index.images)
+    asked = options.image_column_name or options.label_column_name
+    if layout is not None and len(layout.classes) > 1 and missing and not asked and embedded < 10 * total:
+        raise UserError(
+            f"{shortened(str(root), 120)}: {listed(tables, 80)} labels {total - missing:,} of {total:,} images, and "
+            f"all lie in class folders ({listed(layout.classes, 80)}): pass --class_folders top for the folders, or "
+            f"--data {shortened(str(root / tables[0]), 150)} for the table"
+        )
+    if missing:
+        described = f"{source.description}; {missing:,} of {total:,} images in the folder are in no row"
+        return replace(source, description=described)
+    return source
+
+
+def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[str]) -> Source:
+    _refuse_hidden(root, index)
+    made = class_tables(root, index, layout)
+    num_classes = len(layout.classes)
+    notes = [f"image folder, {num_classes} class{'es' if num_classes != 1 else ''}", *folder_notes(index)]
+    unused = [*layout.unused, *(f"{file} (no labels are taken from it)" for file in tables)]
+    return Source(made, None, _describe(str(root), notes, made, unused), notes=layout.notes)
 
 
 def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
@@ -113,45 +167,6 @@ def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
     for file in files:
         groups.setdefault(split_of(file), []).append(file)
     return groups
-
-
-def _image_folder(root: Path, index: FolderIndex, options: DataOptions) -> Source:
-    tops: dict[str, list[str]] = {}
-    for path in index.images:
-        top, slash, _ = path.partition("/")
-        if not slash:
-            raise UserError(
-                f"{root / path} lies in no class folder: put each image into a folder named after its class"
-            )
-        tops.setdefault(top, []).append(path)
-    # A folder called train may also be a class, beside cars and planes: then the images lie in it directly.
-    nested = {path.partition("/")[0] for path in index.images if path.count("/") > 1}
-    has_splits = any(usual_role(top) == "train" or top == options.train_split for top in nested)
-    has_splits = has_splits or all(usual_role(top) for top in tops)
-    splits = tops if has_splits else {"train": index.images}
-    roles = split_roles(list(splits), options, str(root))
-    tables = {role: _class_folders(root, splits[name], int(has_splits)) for role, name in roles.items()}
-    num_classes = pc.count_distinct(tables["train"].data["label"]).as_py()
-    notes = [f"image folder, {num_classes} class{'es' if num_classes != 1 else ''}"]
-    if index.num_other:
-        notes.append(f"{index.num_other:,} other file{'s' if index.num_other != 1 else ''} ignored")
-    return Source(tables, None, _describe(str(root), notes, tables, set(splits) - set(roles.values())))
-
-
-def _class_folders(root: Path, paths: list[str], depth: int) -> datasets.Dataset:
-    """A table of images whose class is the name of the folder at `depth` in their path."""
-    labels = []
-    for path in paths:
-        parts = path.split("/", depth + 1)
-        if len(parts) < depth + 2:
-            raise UserError(
-                f"{root / path} lies in no class folder: put each image into a folder named after its class"
-                + (", or pass --test_split none" if usual_role(parts[0]) == "test" else "")
-            )
-        labels.append(parts[depth])
-    absolute = pc.binary_join_element_wise(str(root), pa.array(paths, pa.string()), "/")
-    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), absolute], fields=list(_IMAGE))
-    return common_table(datasets.Dataset(pa.table({"image": images, "label": labels})), "image", "label", paths)
 
 
 def _files(root: Path, splits: dict[str, list[str]], where: str, options: DataOptions) -> Source:
@@ -195,9 +210,9 @@ def _source(
     return Source(common, names, _describe(where, [kind], common, unused), revision)
 
 
-def _describe(where: str, notes: list[str], tables: dict[str, datasets.Dataset], unused: set[str]) -> str:
+def _describe(where: str, notes: list[str], tables: dict[str, datasets.Dataset], unused: Collection[str]) -> str:
     sizes = ", ".join(f"{role} {len(table):,}" for role, table in tables.items())
-    ignored = [f"not used: {', '.join(sorted(unused))}"] if unused else []
+    ignored = [f"not used: {listed(sorted(unused))}"] if unused else []
     return f"{where}: " + "; ".join([", ".join(notes), sizes, *ignored])
 
 

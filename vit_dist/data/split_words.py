@@ -1,0 +1,135 @@
+"""What the name of a folder says: a split in any common spelling, a variant of the same images, masks of images."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection
+from dataclasses import dataclass
+
+# fmt: off
+_ROLE_WORDS = {
+    "train": "train", "training": "train", "trn": "train", "trainval": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "validate": "validation",
+    "dev": "validation", "devel": "validation", "development": "validation", "eval": "validation",
+    "evaluation": "validation",
+    "test": "test", "testing": "test", "tst": "test", "holdout": "test", "heldout": "test",
+}
+_NEUTRAL_WORDS = frozenset([
+    "set", "sets", "data", "dataset", "datasets", "image", "images", "img", "imgs", "pic", "pics", "picture",
+    "pictures", "photo", "photos", "file", "files", "split", "splits", "folder", "folders", "dir", "sample", "samples",
+    "jpg", "jpeg", "png",
+])
+_CONTAINERS = _NEUTRAL_WORDS | frozenset([
+    "archive", "class", "classes", "category", "categories", "content", "contents", "download", "downloads", "input",
+    "inputs", "jpegimages", "root", "rgb", "unzipped", "extracted",
+])
+_MASKS = frozenset([
+    "mask", "masks", "groundtruth", "gt", "segmentation", "segmentations", "segmentationclass", "segmentationobject",
+    "seg", "annotation", "annotations", "label", "labels", "depth", "bbox", "bboxes", "heatmap", "heatmaps",
+])
+_ASIDE = frozenset([
+    "docs", "doc", "documentation", "assets", "screenshots", "thumbnails", "thumbs", "previews", "notebooks", "scripts",
+    "logs", "runs", "output", "outputs", "results", "plots", "checkpoints",
+])
+_VARIANTS = frozenset([
+    "original", "originals", "orig", "raw", "augmented", "augmentation", "augmentations", "aug", "processed",
+    "preprocessed", "cropped", "crops", "resized", "full", "complete", "small", "medium", "large", "mini", "tiny",
+    "subset", "color", "colour", "grayscale", "greyscale", "gray", "grey", "segmented", "rgb", "infrared", "ir",
+    "clean", "noisy", "balanced", "unbalanced", "imbalanced", "compressed", "uncompressed", "unprocessed",
+])
+# fmt: on
+_SUFFIX_WORDS = tuple(sorted(_NEUTRAL_WORDS, key=len, reverse=True))
+_PARTS = frozenset([
+    "fold", "folds", "kfold", "cv", "split", "batch", "shard", "chunk", "part", "data", "dataset", "set", "image",
+    "images", "img", "imgs", "pics", "photos", "pictures",
+])  # fmt: skip
+_RESOLUTION = re.compile(r"(\D{0,12}[-_ ])?\d{2,4}(px|p|x\d{2,4}(px)?)|(size|res|resolution|px)[-_ ]?\d{2,4}")
+
+
+@dataclass(frozen=True)
+class SplitWord:
+    """A name that has one word for a split: which one, and the words that are neither that nor neutral."""
+
+    role: str
+    rest: tuple[str, ...]
+
+
+def split_word(name: str) -> SplitWord | None:
+    """What `training_set`, `Train2017` or `seg_train` stands for; None for names of other things."""
+    roles, rest = [], []
+    for word in _words(name):
+        role = _ROLE_WORDS.get(word) or _ROLE_WORDS.get(_without_suffix(word))
+        if role is not None:
+            roles.append(role)
+        elif word not in _NEUTRAL_WORDS:
+            rest.append(word)
+    if set(roles) == {"train", "validation"}:  # `train_val`: both, to train on
+        roles = ["train"]
+    return SplitWord(roles[0], tuple(rest)) if len(set(roles)) == 1 else None
+
+
+def split_words(names: Collection[str]) -> dict[str, str]:
+    """The role of each of some folders that lie side by side, of those that have one.
+
+    `seg_train` is a split only beside `seg_test`; `test_tube` and `training_shoe` are not.
+    """
+    found = {name: word for name in names if (word := split_word(name)) is not None}
+    plain = {name: word.role for name, word in found.items() if not word.rest}
+    weak = {name: word for name, word in found.items() if word.rest}
+    together = {**plain, **{name: word.role for name, word in weak.items()}}
+    one_rest = len({word.rest for word in weak.values()}) == 1
+    new = not {word.role for word in weak.values()} & set(plain.values())
+    if one_rest and new and "train" in together.values() and len(set(together.values())) > 1:
+        return together
+    return plain
+
+
+def is_container(name: str) -> bool:
+    """Whether the name says no more than that data lie in it (`archive`, `images`, `dataset`)."""
+    words = _words(name)
+    return bool(words) and all(word in _CONTAINERS for word in words)
+
+
+def is_mask(name: str) -> bool:
+    """Whether a folder of this name beside images holds no images to classify, but masks or labels of them."""
+    words = [word for word in _words(name) if word not in _NEUTRAL_WORDS]
+    return bool(words) and ("".join(words) in _MASKS or all(word in _MASKS for word in words))
+
+
+def is_aside(name: str) -> bool:
+    """Whether the name is one of what lies beside data, such as `docs`."""
+    return "".join(_words(name)) in _ASIDE
+
+
+def are_numbered_parts(names: Collection[str]) -> bool:
+    """Whether the names differ in their numbers alone and speak of parts: `fold_1` and `fold_2`, `images_001` ..."""
+    words = {tuple(_words(name)) for name in names}
+    if len(names) < 2 or len(words) > 1 or not all(any(map(str.isdigit, name)) for name in names):
+        return False
+    (only,) = words
+    return bool(only) and ("part" in only or "fold" in only or all(word in _PARTS for word in only))
+
+
+def is_resolution(name: str) -> bool:
+    """`224px`, `64x64`, `images_512x512`."""
+    return _RESOLUTION.fullmatch(name.lower()) is not None
+
+
+def is_variant(name: str) -> bool:
+    """Whether the name tells one variant of a data set from another."""
+    words = [word for word in _words(name) if word not in _NEUTRAL_WORDS]
+    numbered = words[-1:] in (["v"], ["version"], ["part"], ["fold"]) and name[-1:].isdigit()
+    return numbered or is_resolution(name) or (bool(words) and all(word in _VARIANTS for word in words))
+
+
+def _words(name: str) -> list[str]:
+    """Lower-case words without digits: `trainData2017` is `train`, `data`."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", name))
+    joined = re.sub(r"\b(hold|held)[-_ ]+out\b", "holdout", spaced.lower())
+    return [word for word in re.split(r"[\W\d_]+", joined) if word]
+
+
+def _without_suffix(word: str) -> str:
+    """`trainset`, `testimages` without what follows the name of the split."""
+    return next((word[: -len(end)] for end in _SUFFIX_WORDS if word.endswith(end) and word != end), word)
