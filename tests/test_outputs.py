@@ -68,6 +68,7 @@ def test_results_have_the_names_of_transformers(folder: Path) -> None:
         "eval_loss",
         "eval_top5_accuracy", "eval_f1_macro", "eval_balanced_accuracy", "eval_samples", "test_accuracy", "test_loss",
         "test_samples", "world_size", "global_batch_size", "skipped_images", "best_step", "eval_per_class",
+        "duplicates_across_splits", "duplicates_across_labels", "duplicates_within_splits",
     } <= found.keys()  # fmt: skip
     assert set(found["test_per_class"]) == set(CLASSES)
     assert sum(row["support"] for row in found["test_per_class"].values()) == found["test_samples"] == 11

@@ -40,33 +40,33 @@ def rows(folder, tmp_path):
 def count(monkeypatch):
     """How many images were decoded."""
     calls = []
-    decode = module.decode_reduced
-    monkeypatch.setattr(module, "decode_reduced", lambda *args: calls.append(1) or decode(*args))
+    look = module._look
+    monkeypatch.setattr(module, "_look", lambda *args: calls.append(1) or look(*args))
     return calls
 
 
 def test_bad_images_are_listed_in_order_with_their_reasons(rows, tmp_path):
-    bad = verify(rows, RULES, workers=3, cache_dir=str(tmp_path))
+    bad = verify(rows, RULES, workers=3, cache_dir=str(tmp_path)).bad
     assert [row.id for row in bad] == ["cat/7.png", "dog/5.png", "dog/9.png"]
     assert [rows[row.index]["id"] for row in bad] == [row.id for row in bad]
     assert "empty" in bad[0].reason and "HTML" in bad[1].reason and "No such file" in bad[2].reason
 
 
-def test_unchanged_images_are_verified_once(rows, folder, tmp_path, count):
-    bad = verify(rows, RULES, cache_dir=str(tmp_path))
+def test_each_image_is_decoded_once_until_something_changes(rows, folder, tmp_path, count):
+    bad = verify(rows, RULES, cache_dir=str(tmp_path)).bad
     assert len(count) == 120
-    assert verify(rows, RULES, cache_dir=str(tmp_path)) == bad and len(count) == 120
-    assert len(verify(rows, DecodeRules(min_image_side=5), cache_dir=str(tmp_path))) == 120 and len(count) == 240
+    assert verify(rows, RULES, cache_dir=str(tmp_path)).bad == bad and len(count) == 120
+    assert len(verify(rows, DecodeRules(min_image_side=5), cache_dir=str(tmp_path)).bad) == 120 and len(count) == 240
     size = (folder / "cat" / "1.png").stat().st_size
     (folder / "cat" / "1.png").write_bytes(b"x" * size)  # same name, same size
-    assert len(verify(rows, RULES, cache_dir=str(tmp_path))) == 4 and len(count) == 360
+    assert len(verify(rows, RULES, cache_dir=str(tmp_path)).bad) == 4 and len(count) == 360
 
 
-def test_verification_record_damaged_is_made_again(rows, tmp_path, count):
-    bad = verify(rows, RULES, cache_dir=str(tmp_path))
-    (record,) = (tmp_path / "vit_dist").glob("verified-*.json")
-    record.write_text(record.read_text()[:-5])
-    assert verify(rows, RULES, cache_dir=str(tmp_path)) == bad and len(count) == 240
+def test_a_damaged_record_is_made_again(rows, tmp_path, count):
+    bad = verify(rows, RULES, cache_dir=str(tmp_path)).bad
+    (record,) = (tmp_path / "vit_dist").glob("verified-*.sealed")
+    record.write_bytes(record.read_bytes()[:-5])
+    assert verify(rows, RULES, cache_dir=str(tmp_path)).bad == bad and len(count) == 240
 
 
 def test_progress_reaches_the_total(rows, tmp_path):
@@ -82,7 +82,7 @@ def test_embedded_images_and_selections(tmp_path):
         features=datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64")),
     )
     table = common_table(table, "image", "label", [f"t#{row}" for row in range(5)]).select([4, 3, 1])
-    bad = verify(table, RULES, cache_dir=str(tmp_path))
+    bad = verify(table, RULES, cache_dir=str(tmp_path)).bad
     assert [(row.index, row.id) for row in bad] == [(1, "t#3"), (2, "t#1")]
 
 
@@ -92,7 +92,7 @@ def test_images_are_verified_once_by_two_processes(folder, tmp_path):
         "rows, done = source.load_source(options).tables['train'], []\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "note = lambda *_: done.append(1)\n"
-        "bad = verify.verify(rows, decode.DecodeRules(), cache_dir=options.cache_dir, progress=note)\n"
+        "bad = verify.verify(rows, decode.DecodeRules(), cache_dir=options.cache_dir, progress=note).bad\n"
         "print(len(bad), bool(done))"
     )
     runs = [run_python(code, data_options=options(folder, tmp_path / "cache")) for _ in range(2)]
@@ -116,9 +116,9 @@ def test_bad_images_stop_the_run_by_default(rows, tmp_path):
 
 def test_bad_images_are_left_out_on_request(rows, tmp_path):
     bad = [BadRow(7, "cat/7.png", "empty file")]
-    kept, skipped = apply_policy(rows, bad, options("x", tmp_path, on_bad_image="skip"), "train")
-    assert skipped == 1 and list(kept["id"]) == [id for index, id in enumerate(rows["id"]) if index != 7]
-    assert apply_policy(rows, [], options("x", tmp_path), "train") == (rows, 0)
+    kept, keep = apply_policy(rows, bad, options("x", tmp_path, on_bad_image="skip"), "train")
+    assert keep.sum() == 119 and list(kept["id"]) == [id for index, id in enumerate(rows["id"]) if index != 7]
+    assert apply_policy(rows, [], options("x", tmp_path), "train")[0] is rows
 
 
 def test_too_many_bad_images_stop_the_run_all_the_same(rows, tmp_path):
@@ -150,7 +150,7 @@ def test_unreadable_file_is_bad_until_it_can_be_read():
         rows = load_source(options(data, Path(root) / "cache")).tables["train"]
         (data / "cat" / "2.png").chmod(0)
         with unprivileged():
-            assert [row.id for row in verify(rows, RULES, cache_dir=str(caches))] == ["cat/2.png"]
+            assert [row.id for row in verify(rows, RULES, cache_dir=str(caches)).bad] == ["cat/2.png"]
         (data / "cat" / "2.png").chmod(0o644)
         with unprivileged():
-            assert not verify(rows, RULES, cache_dir=str(caches))
+            assert not verify(rows, RULES, cache_dir=str(caches)).bad

@@ -92,7 +92,7 @@ def decided_on_main(name: str, make: Callable[[], T]) -> T:
         try:
             value = make()
         except UserError as error:
-            store.set(key, json.dumps({"error": str(error)}))
+            store.set(key, json.dumps({"error": error.args}))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with this process
                 _wait_until(lambda: store.add(f"{key}/read", 0) == launched_world_size() - 1, 5)
             raise
@@ -105,7 +105,7 @@ def decided_on_main(name: str, make: Callable[[], T]) -> T:
     except dist.DistNetworkError:
         box = {}
     if "error" in box:
-        raise UserError(box["error"])
+        raise UserError(*box["error"])
     if not box:
         raise LostProcess(f"rank 0 is gone, or has not told its {name.replace('_', ' ')} in {LONGEST_DECISION}")
     return box["value"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import struct
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,19 +14,28 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import IcoImagePlugin, Image, ImageColor, UnidentifiedImageError
+from PIL import IcoImagePlugin, Image, ImageColor, TiffImagePlugin, UnidentifiedImageError
 
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
 
-RULES_VERSION = 3  # part of the key of remembered outcomes: count up when a rule changes
+RULES_VERSION = 4  # part of the key of remembered outcomes: count up when a rule changes
 
 # No PostScript or PDF: they run programs. TGA comes last, it has no signature to tell it by.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 
+MOST_FILE_BYTES = 2 * 2**30  # that an image file may have
+HIGHEST_LEVEL = "vit_dist_highest_level"  # in `info` of an image that was 16-bit gray: its brightest level
+
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_POINTERS = {  # what stands for a file that was not downloaded
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the image: run `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer, not the image: run `git annex get`",
+}
+_STRIP_PIXELS = 4_000_000  # at a time, where a conversion needs several copies
+_SAMPLES_PER_PIXEL = 277  # tag of TIFF
 _REDUCTIONS = (8, 4, 2)  # of each side, by libjpeg while it decodes
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -42,11 +52,11 @@ _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # an entry of `warn
 
 
 class BadImage(Exception):
-    """An image that cannot be used, and why."""
+    """An image that cannot be used, and why; `missing` if there is no such file."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, missing: bool = False) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.missing = reason, missing
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def decode_reduced(
 
     All of the file is read, and what is refused is the same; rules about sizes are about the size before.
     """
-    data = _read(image)
+    data = encoded_bytes(image)
     _ignore_pillow_warnings()
     _allow_pixels(rules.max_image_pixels)
     try:
@@ -117,30 +127,63 @@ def stored_size(image: Mapping[str, Any] | bytes | str | os.PathLike[str]) -> tu
     """(width, height) in pixels by the header, before it is turned upright; None if there is none."""
     _ignore_pillow_warnings()
     try:
-        with Image.open(io.BytesIO(_read(image)), formats=_formats()) as opened:
+        data, path = _parts(image)
+        with (
+            io.BytesIO(data) if data is not None else _open_regular(path) as file,
+            Image.open(file, formats=_formats()) as opened,
+        ):
             return opened.size
     except Exception:  # as above; decoding says what it is
         return None
 
 
-def _read(image: Mapping[str, Any] | bytes | str | os.PathLike[str] | None) -> bytes:
+def encoded_bytes(image: Mapping[str, Any] | bytes | str | os.PathLike[str] | None) -> bytes:
+    """The bytes of an image's file; raises `BadImage` if they cannot be had."""
+    data, path = _parts(image)
+    if data is None:
+        try:
+            with _open_regular(path) as file:
+                data = file.read(os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            raise _unreadable(error, path) from error
+    if not data:
+        raise BadImage("empty file")
+    return data
+
+
+def _parts(image: Mapping[str, Any] | bytes | str | os.PathLike[str] | None) -> tuple[Any, Any]:
+    """Bytes and path, one of which may be None."""
     path: Any = None
     data: Any = image
     if image is None or isinstance(image, Mapping):
         data, path = (image or {}).get("bytes"), (image or {}).get("path")
     elif isinstance(image, (str, os.PathLike)):
         data, path = None, image
-    if data is None:
-        if path is None:
-            raise BadImage("no image: neither bytes nor a path")
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-            raise BadImage(f"{getattr(error, 'strerror', None) or error}: {os.fspath(path)}") from error
-    if not data:
-        raise BadImage("empty file")
-    return data
+    if data is None and path is None:
+        raise BadImage("no image: neither bytes nor a path")
+    return data, path
+
+
+def _open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """The file, if it is one: a pipe or a device would never end."""
+    # Opening a pipe for reading waits for its writer, unless it is told not to.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe, device or socket"
+            raise BadImage(f"{kind}, not a file: {os.fspath(path)}")
+        if found.st_size > MOST_FILE_BYTES:
+            raise BadImage(f"a file of {found.st_size:,} bytes, more than {MOST_FILE_BYTES:,}: {os.fspath(path)}")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _unreadable(error: Exception, path: str | os.PathLike[str]) -> BadImage:
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return BadImage(f"{getattr(error, 'strerror', None) or error}: {os.fspath(path)}", missing=missing)
 
 
 @lru_cache(maxsize=1)
@@ -215,25 +258,52 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         return _lab_to_rgb(image)
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    pixels = image.convert("RGBA")
-    behind = Image.new("RGBA", pixels.size, (*background, 255))
-    return Image.alpha_composite(behind, pixels).convert("RGB")
+    return _on_background(image, background)
+
+
+def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """A strip at a time: whole, it would take four copies of 4 bytes per pixel."""
+    flat = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        behind = Image.new("RGBA", strip.size, (*background, 255))
+        flat.paste(Image.alpha_composite(behind, strip).convert("RGB"), (0, top))
+    flat.info.update(image.info)
+    return flat
 
 
 def _gray8(image: Image.Image) -> Image.Image:
     """8-bit gray out of 16-bit gray, with an alpha channel if one level stands for transparent."""
-    levels = np.asarray(image)
     if image.mode == "I" and image.format == "TIFF":
         raise BadImage("32-bit or signed integer pixels have no agreed range: convert to 8 or 16 bits")
-    if levels.min() < 0 or levels.max() > 65535:
-        raise BadImage("integer pixels beyond 16 bits: convert to 8 or 16 bits")
-    most = 2 ** _declared_bits(image) - 1
-    scaled = (levels.astype(np.uint32).clip(0, most) * 255 + most // 2) // most
-    gray = Image.fromarray(scaled.astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        gray.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
-    return gray
+    bits, transparent = _declared_bits(image), image.info.get("transparency")
+    table = _gray_levels(bits)
+    gray = np.empty((image.height, image.width), np.uint8)
+    alpha = np.empty_like(gray) if isinstance(transparent, int) else None
+    rows, highest = max(1, _STRIP_PIXELS // image.width), 0
+    for top in range(0, image.height, rows):  # a strip at a time: NumPy's copies of all would take 2 GB
+        levels = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if levels.min() < 0 or levels.max() > 65535:
+            raise BadImage("integer pixels beyond 16 bits: convert to 8 or 16 bits")
+        highest = max(highest, int(levels.max()))
+        gray[top : top + rows] = table[levels]
+        if alpha is not None:
+            alpha[top : top + rows] = np.where(levels == transparent, 0, 255)
+    made = Image.fromarray(gray)
+    if alpha is not None:
+        made.putalpha(Image.fromarray(alpha))
+    if bits == 16:
+        made.info[HIGHEST_LEVEL] = highest
+    return made
+
+
+@lru_cache(maxsize=9)
+def _gray_levels(bits: int) -> np.ndarray:
+    """The 8-bit level of each 16-bit one, uint8 (65536,); levels above what `bits` can hold are white."""
+    most = 2**bits - 1
+    levels = np.arange(65536, dtype=np.uint32).clip(0, most)
+    return ((levels * 255 + most // 2) // most).astype(np.uint8)
 
 
 def _declared_bits(image: Image.Image) -> int:
@@ -262,7 +332,27 @@ def _lab_transform() -> Any:
 def _unidentified(data: bytes) -> str:
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         return "HEIC/HEIF is not read: convert to JPEG"
+    for pointer, reason in _POINTERS.items():
+        if data.startswith(pointer):
+            return reason
+    if bands := _tiff_bands(data):
+        return f"a TIFF of {bands} bands: convert to RGB, three of them"
     start = data[:512].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "not an image: HTML or XML"
     return "not an image of a known format, or its header is broken"
+
+
+def _tiff_bands(data: bytes) -> int:
+    """How many bands a TIFF has if there are more than four, which Pillow does not read; else 0."""
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return 0
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        bands = int(directory.get(_SAMPLES_PER_PIXEL, 1))
+    except Exception:  # as above
+        return 0
+    return bands if bands > 4 else 0

@@ -74,7 +74,7 @@ def folder_notes(index: FolderIndex) -> list[str]:
                 suffixes[suffix] = suffixes.get(suffix, 0) + count
         notes.append(f"{index.num_other:,} other file{'s' * (index.num_other != 1)} ignored ({counted(suffixes)})")
     if index.system:
-        notes.append(f"system folders left out: {listed([f'{name} ({n})' for name, n in index.system.items()], 120)}")
+        notes.append(f"system folders left out: {listed([f'{name} ({n})' for name, n in index.system.items()], 200)}")
     if index.links:
         notes.append(f"links left out, to folders that are read already or hold no data: {listed(index.links, 120)}")
     return notes

@@ -21,9 +21,9 @@ from vit_dist.data.dataset import ByteDataset, ImageDataset
 from vit_dist.data.decode import stored_size
 from vit_dist.data.verify import cores, decoding_key
 from vit_dist.errors import UserError
-from vit_dist.files import remove, sync_folder, sync_tree
+from vit_dist.files import remove, sha256, sync_folder, sync_tree
 
-FORMAT = 1  # part of the key: count up when what is kept changes
+FORMAT = 2  # part of the key: count up when what is kept changes
 MARGIN = 1.15  # how much longer than the model's input the shorter side is at most
 GAIN = 2.0  # pixels before / pixels kept, from where on a cache is worth its building and its bytes
 SAMPLE = 64  # images by which the others are judged
@@ -41,6 +41,7 @@ class About:
     side: int  # of the model's input
     shortest: int  # at most, of an image's sides
     bytes: int
+    index_sha256: str  # of the file that says where each image lies
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,15 @@ def about(folder: Path) -> About | None:
     """What a cache holds; None if there is none, or none that is whole."""
     try:
         found = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
-        whole = (folder / PIXELS).stat().st_size == found.bytes and (folder / INDEX).is_file()
+        whole = (folder / PIXELS).stat().st_size == found.bytes and _digest(folder / INDEX) == found.index_sha256
     except (OSError, ValueError, TypeError):
         return None
     return found if whole else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha256(file)
 
 
 def cached(
@@ -200,7 +206,8 @@ def _build(dataset: ImageDataset, folder: Path, data: str, progress: Callable[[i
                 if progress is not None and (number + 1) % _CHUNK == 0:
                     progress(number + 1, len(dataset))
         np.save(partial / INDEX, index)
-        contents = About(data, len(dataset), dataset.transform.side, shortest(dataset), begin)
+        digest = _digest(partial / INDEX)
+        contents = About(data, len(dataset), dataset.transform.side, shortest(dataset), begin, digest)
         (partial / ABOUT).write_text(json.dumps(asdict(contents)), encoding="utf-8")
         sync_tree(partial)
         partial.rename(folder)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.decode import DecodeRules, stored_size
+from vit_dist.data.describe import class_lines, sample_sizes, size_line
+from vit_dist.data.duplicates import find_duplicates
+from vit_dist.data.listing import listed
 from vit_dist.data.source import load_source
 from vit_dist.data.split import (
     class_list,
@@ -23,7 +26,7 @@ from vit_dist.data.split import (
     table_fingerprint,
 )
 from vit_dist.data.transforms import Transform, load_processor
-from vit_dist.data.verify import apply_policy, verify
+from vit_dist.data.verify import Seen, apply_policy, judge_levels, verify
 from vit_dist.options import DataOptions, ModelOptions
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -42,6 +45,7 @@ class ImageData:
     record: dict[str, Any]  # for the run record: hashes, revision, counts
     skipped: dict[str, int]  # bad images left out, by split
     input_size: int  # pixels
+    duplicates: dict[str, int] = field(default_factory=dict)  # numbers of equal images, if all were looked at
 
 
 def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: Progress) -> ImageData:
@@ -64,15 +68,19 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
         notes.append("no test split: no test result will be given")
     caps = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
     tables = {split: limit(table, getattr(options, caps[split]), seed, caps[split]) for split, table in tables.items()}
-    tables, skipped = _without_bad(tables, rules, options, progress)
+    checked = _verified(tables, rules, options, progress)
+    tables, skipped = checked.tables, checked.skipped
     if any(skipped.values()):
         notes.append("left out bad images: " + ", ".join(f"{n} of {split}" for split, n in skipped.items() if n))
     notes.append(f"{len(classes)} classes; " + ", ".join(f"{split} {len(table):,}" for split, table in tables.items()))
+    notes += class_lines(tables["train"], classes)
     for split, table in tables.items():
         if missing := classes_without_images(table, classes):
-            notes.append(f"no images in {split} of {', '.join(missing[:10])}{' and more' if len(missing) > 10 else ''}")
+            notes.append(f"no images in {split} of {listed(missing, 120)}")
     if model.image_size is not None:
         notes += _enlargement(tables["train"], model.image_size)
+    notes.append(size_line(checked.seen, sum(map(len, tables.values()))))
+    notes += checked.notes
     plain, augmented = Transform(processor), Transform(processor, options, seed)
     sets = {
         split: ImageDataset(table, augmented if split == "train" else plain, rules) for split, table in tables.items()
@@ -95,6 +103,7 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
         },
         skipped,
         plain.side,
+        checked.duplicates,
     )
 
 
@@ -110,13 +119,32 @@ def _enlargement(table: datasets.Dataset, asked: int, probes: int = 32) -> list[
     ]
 
 
-def _without_bad(
+@dataclass(frozen=True)
+class _Checked:
+    """What looking at the images showed."""
+
+    tables: dict[str, datasets.Dataset]  # without the bad images
+    skipped: dict[str, int]  # how many those were
+    seen: Seen
+    notes: list[str] = field(default_factory=list)
+    duplicates: dict[str, int] = field(default_factory=dict)
+
+
+def _verified(
     tables: dict[str, datasets.Dataset], rules: DecodeRules, options: DataOptions, progress: Progress
-) -> tuple[dict[str, datasets.Dataset], dict[str, int]]:
+) -> _Checked:
     """Every image is decoded once; what does not decode stops the run or is left out, as `--on_bad_image` says."""
     skipped = dict.fromkeys(tables, 0)
-    if options.verify_images:
-        for split, table in tables.items():
-            bad = verify(table, rules, cache_dir=options.cache_dir, progress=progress(split))
-            tables[split], skipped[split] = apply_policy(table, bad, options, split)
-    return tables, skipped
+    if not options.verify_images:
+        return _Checked(tables, skipped, sample_sizes(list(tables.values())))
+    checked, digests, seen, notes = {}, {}, Seen(), []
+    for split, table in tables.items():
+        outcome = verify(table, rules, cache_dir=options.cache_dir, progress=progress(split))
+        checked[split], keep = apply_policy(table, outcome.bad, options, split)
+        digests[split], skipped[split] = outcome.digests[keep], int((~keep).sum())
+        seen.add(outcome.seen)
+        if note := judge_levels(outcome.seen, split):
+            notes.append(note)
+    if duplicates := find_duplicates(checked, digests):
+        notes.append(str(duplicates))
+    return _Checked(checked, skipped, seen, notes, duplicates.results())

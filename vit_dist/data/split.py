@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vit_dist.data.listing import listed, shortened
 from vit_dist.errors import UserError
 
 _HASHED_BYTES = 256 * 2**20  # of embedded images; what is beyond is sampled
@@ -28,7 +31,8 @@ def class_list(train: datasets.Dataset, names: list[str] | None) -> list[str]:
     labels = _labels(train, "train")
     found = pc.unique(labels).to_pylist()
     if names is not None:
-        classes = list(names)
+        _refuse_alike(names, "the data declare")
+        classes = [normal_name(name) for name in names]
     elif found and isinstance(found[0], int) and not isinstance(found[0], bool):
         classes = [str(value) for value in sorted(found)]
     else:
@@ -36,13 +40,46 @@ def class_list(train: datasets.Dataset, names: list[str] | None) -> list[str]:
     for name in classes:
         if not name.strip() or not name.isprintable():
             where = "" if names is not None else f", for example {_examples(train, pc.equal(labels, name))}"
-            raise UserError(f"class name {name!a} is empty or has unprintable characters: rename the class{where}")
+            raise UserError(
+                f"class name {shortened(ascii(name))} is empty or has unprintable characters: rename the class{where}"
+            )
+    if names is None:
+        _refuse_alike(_raw_names(train), "train has")
     if len(classes) < 2 or len(found) < 2:
         raise UserError(
             f"train has images of {len(found)} class{'es' if len(found) != 1 else ''}"
-            f" ({', '.join(_class_names(train, found)) or 'none'}): it takes two to tell apart"
+            f" ({listed(_class_names(train, found)) or 'none'}): it takes two to tell apart"
         )
     return classes
+
+
+def normal_name(name: str) -> str:
+    """A class name in the composed normal form (NFC): file systems and zip files differ in theirs."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _refuse_alike(names: Sequence[str], who: str) -> None:
+    """Raise `UserError` for two classes whose names look alike: one class, written in two ways.
+
+    Letters are classes of their own: `A` and `a`.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        plain = normal_name(name).strip()
+        key = plain.casefold() if len(plain) > 1 else plain
+        if key in known:
+            one, two = shortened(ascii(known[key])), shortened(ascii(name))
+            raise UserError(
+                f"{who} two classes whose names look alike, {one} and {two}: rename one if they differ, or give both "
+                "one name (case, spaces around a name and Unicode normal forms do not tell classes apart)"
+            )
+        known[key] = name
+
+
+def _raw_names(table: datasets.Dataset) -> list[str]:
+    """The labels that are names, as they are written."""
+    labels = pc.unique(_arrow(table, ["label"])["label"])
+    return labels.to_pylist() if _is_text(labels.type) else []
 
 
 def classes_without_images(train: datasets.Dataset, classes: list[str]) -> list[str]:
@@ -64,7 +101,7 @@ def encode_labels(table: datasets.Dataset, classes: list[str], split_name: str) 
     labels = _labels(table, split_name)
     feature = table.features["label"]
     if isinstance(feature, datasets.ClassLabel):
-        labels = pc.take(pa.array(feature.names, pa.string()), labels)
+        labels = pc.take(pa.array(map(normal_name, feature.names), pa.string()), labels)
     elif pa.types.is_boolean(labels.type):
         labels = pc.if_else(labels, "True", "False")
     elif pa.types.is_integer(labels.type):
@@ -75,7 +112,7 @@ def encode_labels(table: datasets.Dataset, classes: list[str], split_name: str) 
         names = sorted(pc.unique(pc.filter(labels, unknown)).to_pylist())
         raise UserError(
             f"{split_name} has {'a class' if len(names) == 1 else 'classes'} that train does not have: "
-            f"{_listed([repr(name) for name in names])}, for example {_examples(table, unknown)}; "
+            f"{listed([repr(name) for name in names], 150)}, for example {_examples(table, unknown)}; "
             "remove these images, or add training images of the class"
         )
     column = datasets.Dataset(pa.table({"label": indices.cast(pa.int64())}))
@@ -147,6 +184,11 @@ def table_fingerprint(table: datasets.Dataset, *, with_times: bool = False) -> s
     return digest.hexdigest()
 
 
+def labels_of(table: datasets.Dataset) -> np.ndarray:
+    """The labels of an encoded table, int64 (rows,)."""
+    return _arrow(table, ["label"])["label"].to_numpy()
+
+
 def classes_hash(classes: list[str]) -> str:
     """SHA-256 (hex) of the class names and their order."""
     return hashlib.sha256(json.dumps(classes).encode()).hexdigest()
@@ -168,6 +210,8 @@ def _labels(table: datasets.Dataset, split_name: str) -> pa.ChunkedArray:
     if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
         raise UserError(f"{split_name}: labels are {kind}, but one class per image is needed, a name or an integer")
     labels = labels.cast(kind)
+    if _is_text(kind):
+        labels = _composed(labels)
     missing = pc.is_null(labels, nan_is_null=True)
     _refuse(table, missing, split_name, "no label")
     if pa.types.is_floating(kind):
@@ -181,8 +225,20 @@ def _labels(table: datasets.Dataset, split_name: str) -> pa.ChunkedArray:
         names = getattr(table.features["label"], "names", None)
         if names is not None:
             wrong = pc.greater_equal(labels, len(names))
-            _refuse(table, wrong, split_name, f"a label above {len(names) - 1}, the last class ({names[-1]})")
+            last = shortened(names[-1]) if names else "there is none"
+            _refuse(table, wrong, split_name, f"a label above {len(names) - 1}, the last class ({last})")
     return labels
+
+
+def _composed(labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Names in the composed normal form; each of them is looked at once."""
+    names = pc.unique(labels)
+    composed = pc.utf8_normalize(names, form="NFC")
+    return labels if composed.equals(names) else pc.take(composed, pc.index_in(labels, value_set=names))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 _LABEL_KINDS = (
@@ -210,12 +266,7 @@ def _refuse(table: datasets.Dataset, wrong: pa.ChunkedArray, split_name: str, wh
 
 def _examples(table: datasets.Dataset, mask: pa.ChunkedArray) -> str:
     ids = _ids(table).take(pa.array(np.flatnonzero(np.asarray(mask))[:3])).to_pylist()
-    return _listed(ids)
-
-
-def _listed(names: list[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return listed(ids, 130)
 
 
 def _codes(table: datasets.Dataset) -> np.ndarray:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import ImageColor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vit_dist.config import Config
@@ -119,6 +120,8 @@ def write_model_card(
         name=markdown(name),
         base=markdown_code(base if on_hub or base == "tiny" else Path(base).name),
         imports=_imports(folder),
+        background=config.data.image_background,
+        rgb=ImageColor.getrgb(config.data.image_background)[:3],
         data="\n".join(f"- {markdown(line)}" for line in description),
         classes=", ".join(map(markdown_code, classes[:50])) + (" and more" if len(classes) > 50 else ""),
         which=f"The best of {results['train_steps']:,} steps by the validation split, step {results['best_step']:,}."
@@ -176,6 +179,15 @@ An image classifier, fine-tuned from {base} with vit_dist.
 
 classify = pipeline("image-classification", model="path/to/this/folder")
 classify("photo.jpg")
+```
+
+In training, transparent pixels were shown on {background} and 16-bit gray was scaled to 8 bits. The pipeline treats
+such files otherwise; for the same pixels:
+
+```python
+from vit_dist.data.decode import DecodeRules, decode
+
+classify(decode("photo.png", DecodeRules(background={rgb})))
 ```
 
 ## Results

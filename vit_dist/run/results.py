@@ -40,6 +40,7 @@ def conclude(
         "world_size": facts["world_size"],
         "global_batch_size": facts["global_batch_size"],
         "skipped_images": sum(data.skipped.values()),
+        **data.duplicates,
     }
     split, dataset, logits = "validation", data.validation, np.empty(0)
     for prefix, name, one in (("eval", "validation", data.validation), ("test", "test", data.test)):

@@ -181,9 +181,10 @@ def check_data(job: Job) -> Result:
     counts = record["splits"]
     images = {split: counts[split]["images"] for split in ("train", "validation", "test") if split in counts}
     splits = ", ".join(f"{split} {count:,}" for split, count in images.items())
+    found = f"{sum(images.values()):,} images ({splits}), {len(data.classes)} classes, fingerprint {fingerprint}"
     return Result(
         "ok",
-        f"{sum(images.values()):,} images ({splits}), {len(data.classes)} classes, fingerprint {fingerprint}",
+        "\n           ".join([found, *data.description]),
         {"fingerprint": fingerprint, "list of classes": classes},
         "all hosts must see the same files",
     )
