@@ -10,14 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from filelock import FileLock
 from lab import ARGS, CONFIGS, Lab, fingerprint, fork
@@ -174,29 +172,6 @@ def run(
     )
     assert expect is None or result.returncode == expect, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
-
-
-def run_until_step(step: int, folder: Path, *args: object, launcher: str = "python", processes: int = 1) -> None:
-    """Start a run and kill all of it with SIGKILL once its metrics have reached `step`."""
-    process = subprocess.Popen(
-        command(launcher, processes, "--output_dir", folder, *args),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(row["step"] >= step for row in rows(folder)):
-            # torchrun's workers have sessions of their own and outlive a killed launcher
-            family = [process, *psutil.Process(process.pid).children(recursive=True)]
-            for member in family:
-                member.kill()
-            psutil.wait_procs(family[1:], timeout=10)
-            process.wait()
-            return
-        time.sleep(0.005)
-    output = process.communicate()[0] if process.poll() is not None else "still running"
-    raise AssertionError(f"the run was not there to be killed at step {step}: {output}")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

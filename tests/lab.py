@@ -27,6 +27,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "accelerate"
+HSDP = (  # what launch/accelerate.sh adds for two replicas of two shards
+    "--use_fsdp", "--fsdp_version", "2", "--use_parallelism_config", "--parallelism_config_dp_replicate_size", "2",
+    "--parallelism_config_dp_shard_size", "2",
+)  # fmt: skip
 
 
 @functools.cache
@@ -41,7 +45,9 @@ def prepare() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     import tqdm
+    from PIL import Image
 
+    Image.init()  # its plugins
     # tqdm's lock is a semaphore that forked processes share: one that is killed with a bar on the screen keeps it for
     # ever, and every later run would wait for it. Its monitor is a thread, which might hold the lock in a fork.
     tqdm.tqdm.monitor_interval = 0
@@ -148,14 +154,21 @@ def launch_environment(strategy: str | Path) -> dict[str, str]:
     if strategy in ("single", "ddp"):
         return {}
     config = strategy if isinstance(strategy, Path) else CONFIGS / f"{strategy}.yaml"
+    if "deepspeed" in config.read_text().lower():  # its optimizers import Inductor: 4 s for each process of each run
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     show = "import json, os; print(json.dumps(dict(os.environ)))"
-    made = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
-         "--num_processes", "1", "--main_process_port", "0", "--no_python", sys.executable, "-c", show],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    told: dict[str, str] = json.loads(made.stdout.splitlines()[-1])
-    return {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+    def launch() -> None:
+        from accelerate.commands.launch import main
+
+        flags = ["--config_file", str(config), *(HSDP if strategy == "hsdp" else ()), "--num_processes", "1"]
+        sys.argv = ["accelerate-launch", *flags, "--main_process_port", "0", "--no_python", sys.executable, "-c", show]
+        main()
+
+    codes, printed, errors = _outcome(launch)
+    assert codes == [0], errors
+    told: dict[str, str] = json.loads(printed.splitlines()[-1])
+    return {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
 
 
 def store_process() -> tuple[int, int]:
@@ -225,6 +238,18 @@ def _fork(body: Callable[[], int | None], streams: tuple[Path, Path], env: Mappi
         os._exit(code)
 
 
+def _outcome(body: Callable[[], int | None], processes: int = 1, **env: str) -> tuple[list[int], str, str]:
+    """Exit codes by rank of forks that call `body`, and what they print: standard output, standard error."""
+    with tempfile.TemporaryDirectory(prefix="vit_dist-fork-") as folder:
+        streams = Path(folder, "stdout"), Path(folder, "stderr")
+        launcher, port = store_process() if processes > 1 else (None, 0)
+        told = [rank_environment(rank, processes, port) if launcher else {} for rank in range(processes)]
+        pids = [_fork(body, streams, {**own, **env}) for own in told]
+        codes = Job(pids, streams[0], {}, launcher).wait(300)
+        out, err = (stream.read_text() if stream.exists() else "" for stream in streams)
+    return codes, out, err
+
+
 def fork(
     *args: Any,
     module: str = "vit_dist.train",
@@ -246,13 +271,7 @@ def fork(
         atexit._run_exitfuncs()
         return int(code)
 
-    with tempfile.TemporaryDirectory(prefix="vit_dist-fork-") as folder:
-        streams = Path(folder, "stdout"), Path(folder, "stderr")
-        launcher, port = store_process() if processes > 1 else (None, 0)
-        told = [rank_environment(rank, processes, port) if launcher else {} for rank in range(processes)]
-        pids = [_fork(body, streams, {**own, **env}) for own in told]
-        codes = Job(pids, streams[0], {}, launcher).wait(300)
-        printed = [stream.read_text() if stream.exists() else "" for stream in streams]
+    codes, *printed = _outcome(body, processes, **env)
     as_expected = expect in codes and (0 not in codes if expect else not any(codes))
     assert expect is None or as_expected, f"{codes}\n{printed[0]}\n{printed[1]}"
     return subprocess.CompletedProcess(list(args), max(codes, key=abs), *printed)

@@ -1,6 +1,6 @@
 """One training problem under every strategy: the same curve, exact metrics, exact resumption, one export.
 
-DDP, ZeRO-2, FSDP2 and HSDP are started by the real launcher once for all tests. Everything else is forked (see lab.py),
+DDP, ZeRO-2 and FSDP2 are started by the real launcher once for all tests. Everything else is forked (see lab.py),
 with what the launcher tells the processes of a strategy. A run is cut by hand where a kill right after a checkpoint
 would leave it; real kills are in faults/ and at the end.
 """
@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,16 +46,8 @@ ARGS = [
     "--max_steps", STEPS, "--learning_rate", "3e-3", "--logging_steps", 1, "--eval_steps", 10, "--save_total_limit", 9,
     "--metric_for_best_model", "loss", "--dataloader_num_workers", 0, "--report_to", "none",
 ]  # fmt: skip
-HSDP = ["--use_fsdp", "--fsdp_version", 2, "--use_parallelism_config", "--parallelism_config_dp_replicate_size", 2,
-        "--parallelism_config_dp_shard_size", 2]  # fmt: skip
-
-LAUNCHED = ("ddp", "zero2", "fsdp2", "hsdp")
-
-
-def cases(found: Sequence[Any]) -> list[Any]:
-    """Cases (a strategy, or a tuple that begins with one); those whose run has a launcher are marked."""
-    tuples = [case if isinstance(case, tuple) else (case,) for case in found]
-    return [pytest.param(*case, marks=[pytest.mark.launch] if case[0] in LAUNCHED else []) for case in tuples]
+pytestmark = pytest.mark.launch  # of most of its runs
+LAUNCHED = ("ddp", "zero2", "fsdp2")
 
 
 def processes(strategy: str) -> int:
@@ -73,7 +65,7 @@ class Lab:
         """`strategy` in the folder `name`, by the real launcher."""
         done = run(
             *self.args, "--output_dir", self.root / name, *args, launcher="accelerate", processes=processes(strategy),
-            config=CONFIGS / f"{strategy}.yaml", launch=HSDP if strategy == "hsdp" else [], expect=expect, **env,
+            config=CONFIGS / f"{strategy}.yaml", expect=expect, **env,
         )  # fmt: skip
         (self.root / f"{name}.log").write_text(done.stdout + done.stderr)
         return done
@@ -136,7 +128,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("strategy", cases(STRATEGIES[:-1]))
+@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
 def test_strategy_has_the_curve_of_one_process(
     lab: Lab, strategy: str, accumulation: int, record_property: Callable[[str, object], None]
 ) -> None:
@@ -148,27 +140,26 @@ def test_strategy_has_the_curve_of_one_process(
     assert difference(lab.whole("single"), lab.whole(strategy, accumulation)) < 5e-4
 
 
-@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+@pytest.mark.parametrize("strategy", (*STRATEGIES[:-1], "hsdp"))
 def test_rows_of_a_strategy_have_its_communication_wait(lab: Lab, strategy: str) -> None:
     """DDP: by PyTorch's record; ZeRO and FSDP: by a trace, which also shows that upstream names things as before."""
     found = [row["communication_wait"] for row in rows(lab.whole(strategy)) if "loss" in row and row["step"] > 3]
     assert found and all(0 <= share < 1 for share in found) and any(found)
 
 
-@pytest.mark.launch
 def test_hsdp_has_the_curve_of_one_process(lab: Lab) -> None:
     """Four processes: two replicas of two shards."""
     assert losses(lab.whole("hsdp")) == pytest.approx(losses(lab.whole("single")), abs=5e-4)
 
 
-@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+@pytest.mark.parametrize("strategy", (*STRATEGIES[:-1], "hsdp"))
 def test_run_record_names_the_strategy(lab: Lab, strategy: str) -> None:
     record = json.loads((lab.whole(strategy) / "run.json").read_text())
     assert (record["strategy"], record["global_batch_size"]) == (strategy, 8)
     assert layout(lab.whole(strategy) / "checkpoint-10") == LAYOUTS.get(strategy, "zero")
 
 
-@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+@pytest.mark.parametrize("strategy", (*STRATEGIES[:-1], "hsdp"))
 def test_export_of_a_strategy_has_the_same_metrics_in_one_process(lab: Lab, strategy: str) -> None:
     folder = lab.whole(strategy)
     model = AutoModelForImageClassification.from_pretrained(folder / "best").eval()
@@ -185,7 +176,7 @@ def test_export_of_a_strategy_has_the_same_metrics_in_one_process(lab: Lab, stra
             assert results(folder)[f"{name}_{key}"] == pytest.approx(value, abs=1e-6), key
 
 
-@pytest.mark.parametrize("strategy", cases(STRATEGIES[1:]))
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
 def test_strategy_resumed_ends_with_the_same_bits(lab: Lab, strategy: str) -> None:
     accumulation = 1 if strategy == "fsdp2_full" else 2
     whole = lab.whole(strategy, accumulation)
@@ -241,14 +232,14 @@ def test_checkpoint_that_cannot_be_resumed_is_refused_with_the_fix(lab: Lab) -> 
 
 @pytest.mark.parametrize(
     ("strategy", "file"),
-    cases((
+    (
         ("zero2", "global_step10/zero_pp_rank_1_mp_rank_00_optim_states.pt"), ("zero2", "latest"),
         ("zero2", "global_step10/mp_rank_00_model_states.pt"),
         ("zero3", "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
         ("zero3", "global_step10/zero_pp_rank_1_mp_rank_00_model_states.pt"),
         ("fsdp2", "optimizer_0/.metadata"), ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
         ("fsdp2_full", "optimizer.bin"), ("ddp", "model.safetensors"),
-    )),
+    ),
 )  # fmt: skip
 def test_checkpoint_with_a_missing_or_truncated_share_is_damaged(
     lab: Lab, tmp_path: Path, strategy: str, file: str
@@ -275,7 +266,7 @@ def test_deepspeed_file_that_contradicts_the_settings_is_refused(lab: Lab) -> No
     assert not list((lab.root / "disagrees").glob("*"))
 
 
-@pytest.mark.parametrize("strategy", cases((*STRATEGIES[:-1], "hsdp")))
+@pytest.mark.parametrize("strategy", (*STRATEGIES[:-1], "hsdp"))
 def test_memory_estimate_equals_the_bytes_of_a_rank(lab: Lab, strategy: str) -> None:
     seen = json.loads((lab.whole(strategy).with_suffix(".seen") / "0.json").read_text())
     config = ViTConfig.from_pretrained(lab.whole(strategy) / "best")
@@ -295,7 +286,7 @@ def test_memory_estimate_equals_the_bytes_of_a_rank(lab: Lab, strategy: str) -> 
     assert abs(seen["optimizer"] - optimizer) <= padding
 
 
-@pytest.mark.parametrize("strategy", cases(("ddp", "zero2", "zero3", "fsdp2")))
+@pytest.mark.parametrize("strategy", ("ddp", "zero2", "zero3", "fsdp2"))
 def test_bf16_with_activation_checkpointing_keeps_the_best_model(lab: Lab, strategy: str) -> None:
     name = f"{strategy}_bf16"
     lab.fork(
@@ -311,7 +302,7 @@ def test_bf16_with_activation_checkpointing_keeps_the_best_model(lab: Lab, strat
     assert kinds == {torch.bfloat16 if strategy.startswith("zero") else torch.float32}
 
 
-@pytest.mark.parametrize("strategy", cases(("ddp", "zero2", "fsdp2")))
+@pytest.mark.parametrize("strategy", ("ddp", "zero2", "fsdp2"))
 def test_killed_rank_under_the_launcher_ends_the_others_within_seconds(lab: Lab, strategy: str) -> None:
     folder = lab.root / f"{strategy}_killed"
     launched = subprocess.Popen(
@@ -332,7 +323,7 @@ def test_killed_rank_under_the_launcher_ends_the_others_within_seconds(lab: Lab,
     assert not psutil.wait_procs(family, timeout=1)[1], "a process was left behind"
 
 
-@pytest.mark.parametrize("strategy", cases(("zero3", "fsdp2")))
+@pytest.mark.parametrize("strategy", ("zero3", "fsdp2"))
 def test_rank_killed_in_a_save_of_shares_leaves_the_checkpoint_before(lab: Lab, strategy: str) -> None:
     """Rank 1 has written its share of step 20 and dies: step 20 was never saved."""
     folder = lab.root / f"{strategy}_half_saved"
@@ -345,7 +336,7 @@ def test_rank_killed_in_a_save_of_shares_leaves_the_checkpoint_before(lab: Lab, 
     assert losses(folder) == losses(whole)
 
 
-@pytest.mark.parametrize("strategy", cases(("zero2", "fsdp2")))
+@pytest.mark.parametrize("strategy", ("zero2", "fsdp2"))
 def test_exception_on_one_rank_is_the_only_one_shown(lab: Lab, strategy: str, tmp_path: Path, checkpoint: Path) -> None:
     data = write_photos(tmp_path / "photos", {"train": 37, "validation": 5})
     broken = sorted((data / "train" / "cat").iterdir())[3]

@@ -34,6 +34,7 @@ def test_run_killed_in_a_save_ends_with_the_same_bits(lab: Lab, whole: dict[int,
     assert not (folder / ".staging").exists() and not (folder / ".trash").exists()
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("processes", "wanted"), [(1, 3), (2, 3), *(pytest.param(n, 25, marks=pytest.mark.slow) for n in (1, 2))]
 )
