@@ -30,12 +30,14 @@ def _escape(found: re.Match[str]) -> str:
 
 def markdown(text: str) -> str:
     """`text` as Markdown that shows it as it is, on one line: no link, no heading, no HTML comes out of it."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~&$:@])", r"\\\1", one_line(text))
+    text = re.sub(r"[\\`*\[\]<|$]|~(?=~)|&(?=[#\w]+;)|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(text))
+    text = re.sub(r"^(\s*[0-9]+)(?=[.)])", r"\1\\", text)  # what makes a list, a heading or a quotation
+    return re.sub(r"^(\s*)(?=[-+=#>])", r"\1\\", text)
 
 
 def markdown_code(text: str) -> str:
     """The same as a code span, whose fence is longer than any run of backticks in it."""
-    text = one_line(text).replace("|", "\\|")
+    text = one_line(text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     space = " " if text[:1] == "`" or text[-1:] == "`" else ""
     return f"{fence}{space}{text}{space}{fence}"

@@ -38,6 +38,7 @@ _SYSTEM_FOLDERS = frozenset([
 # fmt: on
 TABLE_EXTENSIONS = frozenset(["parquet", "csv", "tsv", "json", "jsonl", "tar"])
 _VERSION = 2
+_RUN_FOLDER = -1  # in place of a modification time: a run folder changes all the time, and holds no data
 _CLOCK_TICK_NS = 2_000_000_000  # coarser than the time stamps of any file system in use
 _PSEUDO_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
 _MOST_SUFFIXES = 20  # that are told apart in one folder
@@ -164,6 +165,7 @@ class _Walk:
             raise UserError(f"cannot read the folder {self.root / relative}: {error.strerror}") from error
         marked = relative and {"status.json", ".lock"} & {entry.name for entry in entries}
         if marked and is_run_folder(self.root / relative):
+            self.scan.directories.append((relative, _RUN_FOLDER, 0))
             return []  # what a run leaves is never data, wherever its folder lies
         self.seen.add(_identity(found))
         self.scan.directories.append((relative, found.st_mtime_ns, len(entries)))
@@ -272,6 +274,10 @@ def _holds(root: Path, scan: _Scan) -> bool:
     try:
         for relative, mtime_ns, num_entries in scan.directories:
             directory = root / relative
+            if mtime_ns == _RUN_FOLDER:
+                if not is_run_folder(directory):
+                    return False
+                continue
             found = os.stat(directory)
             if found.st_mtime_ns != mtime_ns or not stat.S_ISDIR(found.st_mode):
                 return False

@@ -40,9 +40,12 @@ def interruption_recorded(folder: Path, attempt: Attempt) -> Iterator[None]:
     try:
         yield
     except stop.Interrupted as asked:
-        if asked.agreed or not first_to_fail():
+        if asked.agreed:
             raise
-        if lost := _describe_lost(attempt.processes, patience=0.0, known=True):
+        lost = _describe_lost(attempt.processes, patience=0.0, known=True)  # before the others can know that we end
+        if not first_to_fail():
+            raise
+        if lost:
             if not attempt.replaces:
                 write(folder, asked, attempt, dict, lost)
             raise LostProcess(lost) from asked
