@@ -131,8 +131,8 @@ class Watchdog(TrainerCallback):
                 failed_since = failed_since and failed_since + suspended
                 orphan_since = orphan_since and orphan_since + suspended
             beat = self._beat
-            if self.timeout and beat is not None:
-                self._tell_keeper(b"w")
+            if self.timeout:
+                self._tell_keeper(b"r" if beat is None else b"w")
             if self._launcher is not None and os.getppid() != self._launcher:
                 orphan_since = orphan_since or now
                 self._ask_to_stop("the launcher's end")
@@ -164,6 +164,7 @@ class Watchdog(TrainerCallback):
                     [sys.executable, "-I", "-S", "-c", KEEPER, *arguments],
                     stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
+                os.set_blocking(self._keeper.stdin.fileno(), False)  # type: ignore[union-attr]
         if self._keeper is not None and self._keeper.stdin is not None:
             with contextlib.suppress(OSError, ValueError):  # it is gone
                 os.write(self._keeper.stdin.fileno(), what)
