@@ -424,7 +424,9 @@ def test_broken_tables_are_named(load, tmp_path):
     for path in sorted(tmp_path.glob("?.*")):
         assert str(path) in error(load, path)
     (tmp_path / "i.xlsx").touch()
-    assert ".parquet" in error(load, tmp_path / "i.xlsx")
+    assert "save the spreadsheet as CSV" in error(load, tmp_path / "i.xlsx")
+    (tmp_path / "i.doc").touch()
+    assert ".parquet" in error(load, tmp_path / "i.doc")
 
 
 # WebDataset

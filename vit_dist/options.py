@@ -28,6 +28,14 @@ class DataOptions:
     data_revision: str | None = _option(None, "Branch, tag or commit of a hub data set; the commit is recorded.")
     image_column_name: str | None = _option(None, "Column with the images. Default: inferred from the column types.")
     label_column_name: str | None = _option(None, "Column with the labels. Default: inferred from the column types.")
+    image_root: str | None = _option(
+        None, "Folder that the paths of images in a table are relative to. Default: the table's folder."
+    )
+    split_column_name: str | None = _option(
+        None,
+        "Column of a table that says which rows are for train, validation and test; `none` uses all rows alike. "
+        "Default: found by its name and values (`split`, `subset`, `is_test`, ...).",
+    )
     train_split: str | None = _option(None, "Name of the split to train on. Default: train.")
     validation_split: str | None = _option(
         None,

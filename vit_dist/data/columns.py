@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
+import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vit_dist.errors import UserError
 
@@ -23,14 +21,33 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-_PATH_OR_BYTES = ("string", "large_string", "binary", "large_binary")
+_TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+_MOST_SHOWN = 10
+_LONGEST_SHOWN = 30  # characters of a column's name in a message
 # fmt: off
 _IMAGE_NAMES = frozenset([
     "image", "img", "picture", "photo", "file_name", "filename", "file", "path", "image_path", "filepath",
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif",
 ])
-# fmt: on
 _LABEL_NAMES = frozenset(["label", "labels", "fine_label", "target", "cls", "class"])
+# Names that public data sets use but that may mean something else: they count where no name above is there, and the
+# data lines say that the column is a guess.
+_LIKELY_IMAGE_NAMES = frozenset([
+    "image_id", "image_name", "image_file", "image_filename", "image_file_name", "img_id", "img_name", "img_path",
+    "img_file", "imagename", "imagepath", "imageid", "filenames", "files", "file_path", "filepaths", "file_names",
+    "fname", "fpath", "full_path", "rel_path", "relative_path", "photo_id", "picture_id", "photo_path", "image_bytes",
+    "image_base64", "base64", "image_url", "img_url", "url", "id", "id_code", "isic_id",
+])
+_LIKELY_LABEL_NAMES = frozenset([
+    "category", "species", "breed", "class_name", "class_label", "classname", "class_id", "class_index", "classid",
+    "category_name", "category_id", "label_name", "label_id", "label_text", "label_idx", "label_index", "labelname",
+    "target_name", "target_id", "diagnosis", "dx", "disease", "y", "emotion", "variety", "level", "classes",
+])
+# fmt: on
+_PIXEL_NAME = re.compile(r"(?:pixel|pix|px|p|x|f|feature|attr)?[_ -]?\d+(?:[x_]\d+)?", re.IGNORECASE)
+_LABEL_STEM = re.compile(r"(label|class|target|category)(?:[_ -]?(?:name|id|idx|index|text|str|code|num|number))?")
+_STEM_OF = {"labels": "label", "fine_label": "label", "cls": "class", "classes": "class"}
+_MIN_PIXEL_COLUMNS = 16
 
 
 def split_roles(splits: Sequence[str], options: DataOptions, where: str) -> dict[str, str]:
@@ -73,50 +90,117 @@ def _usual_name(role: str, splits: Sequence[str], taken: Iterable[str]) -> str |
 
 def image_column(features: Any, override: str | None, where: str) -> str:
     """The one column of `features` that holds images; raises `UserError` if there is not exactly one."""
-    typed = [name for name, feature in features.items() if _holds_images(feature)]
-    named = [
-        name
-        for name, feature in features.items()
-        if _is_known(name, _IMAGE_NAMES) and getattr(feature, "dtype", "") in _PATH_OR_BYTES
-    ]
-    return _choose("image", typed or named, features, override, where, _IMAGE_NAMES)
+    if override is None:
+        typed = [name for name, feature in features.items() if _holds_images(feature)]
+        texts = [name for name in features if getattr(features[name], "dtype", "") in _TEXT]
+        tiers = [
+            typed,
+            [name for name in texts if _is_known(name, _IMAGE_NAMES)],
+            [name for name in texts if _is_known(name, _LIKELY_IMAGE_NAMES)],
+            [name for name in features if is_image_name(name)],  # numbers may be names of files, lists are refused
+        ]
+        candidates = next((names for names in tiers if names), [])
+        candidates = [name for name in candidates if _is_known(name, _IMAGE_NAMES)] or candidates
+        if len(candidates) != 1 and (reason := _pixel_columns(features)):
+            raise UserError(f"{where}: {reason}")
+        return _the_one("image", candidates, features, where)
+    return _named("image", override, features, where)
 
 
 def label_column(features: Any, override: str | None, where: str) -> str:
     """The one column of `features` that holds class labels; raises `UserError` if there is not exactly one."""
-    candidates = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel) or _is_known(name, _LABEL_NAMES)
-    ]
-    return _choose("label", candidates, features, override, where, _LABEL_NAMES)
+    if override is not None:
+        return _named("label", override, features, where)
+    candidates = label_candidates(features)
+    candidates = [name for name in candidates if _is_known(name, _LABEL_NAMES)] or candidates
+    return _the_one("label", candidates, features, where)
+
+
+def label_candidates(features: Any) -> list[str]:
+    """The columns that may hold class labels, by type and name."""
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    named = [name for name in features if _is_known(name, _LABEL_NAMES)]
+    return list(dict.fromkeys([*typed, *named])) or [name for name in features if is_label_name(name)]
+
+
+def same_labels(features: Any, label: str) -> list[str]:
+    """Columns named like another form of `label`: `label_name` or `label_id` beside `label`."""
+    stem = _label_stem(label)
+    return [name for name in features if name != label and stem is not None and _label_stem(name) == stem]
+
+
+def _label_stem(name: str) -> str | None:
+    lowered = name.lower()
+    lowered = _STEM_OF.get(lowered, lowered)
+    matched = _LABEL_STEM.fullmatch(lowered)
+    return matched[1] if matched else None
+
+
+def is_image_name(name: str) -> bool:
+    """Whether columns of images are often called so."""
+    return _is_known(name, _IMAGE_NAMES | _LIKELY_IMAGE_NAMES)
+
+
+def is_label_name(name: str) -> bool:
+    """Whether columns of labels are often called so."""
+    return _is_known(name, _LABEL_NAMES | _LIKELY_LABEL_NAMES)
+
+
+def is_guess(name: str, feature: Any) -> bool:
+    """Whether a column may well hold something else than images or labels, by its name and type."""
+    is_typed = isinstance(feature, datasets.ClassLabel) or _holds_images(feature)
+    return not is_typed and not _is_known(name, _IMAGE_NAMES | _LABEL_NAMES)
 
 
 def _is_known(name: str, known: frozenset[str]) -> bool:
-    return name.rsplit(".", 1)[-1].lower() in known  # `json.label` is the field `label` of `json`
+    last = name.rsplit(".", 1)[-1].strip().lower()  # `json.label` is the field `label` of `json`
+    return re.sub(r"[ -]+", "_", last) in known
 
 
 def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
-def _choose(
-    kind: str, candidates: list[str], features: Any, override: str | None, where: str, known: frozenset[str]
-) -> str:
-    flag = f"--{kind}_column_name"
-    columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
-    if override is not None:
-        if override in features:
-            return override
-        close = difflib.get_close_matches(override, list(features), n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"{flag} {override}: {where} has no such column{hint}; it has {columns}")
-    if len(candidates) > 1:
-        candidates = [name for name in candidates if _is_known(name, known)] or candidates
+def _pixel_columns(features: Any) -> str | None:
+    """Why a table of numbers is no table of images; None if it does not look like one."""
+    pixels = [name for name in features if _PIXEL_NAME.fullmatch(name)]
+    if len(pixels) >= _MIN_PIXEL_COLUMNS:
+        return (
+            f"pixel values in {len(pixels):,} columns ({pixels[0]}, {pixels[1]}, ...), not images: write each row as "
+            "an image file, or as PNG bytes in a Parquet file"
+        )
+    if any(name.strip().lower() in ("pixels", "pixel", "pixel_values") for name in features):
+        return "column pixels holds pixel values, not images: write each row as an image file"
+    return None
+
+
+def _named(kind: str, override: str, features: Any, where: str) -> str:
+    if override in features:
+        return override
+    close = difflib.get_close_matches(override, list(features), n=1)
+    hint = f" (did you mean {_short(close[0])}?)" if close else ""
+    raise UserError(
+        f"--{kind}_column_name {_short(override)}: {where} has no such column{hint}; it has {_columns(features)}"
+    )
+
+
+def _the_one(kind: str, candidates: list[str], features: Any, where: str) -> str:
     if len(candidates) == 1:
         return candidates[0]
     found = f"several columns could hold the {kind}s" if candidates else f"no column looks like it holds {kind}s"
-    raise UserError(f"{where}: {found}; name one with {flag}. Columns: {columns}")
+    raise UserError(f"{where}: {found}; name one with --{kind}_column_name. Columns: {_columns(features)}")
+
+
+def _columns(features: Any) -> str:
+    shown = [f"{_short(name)} ({_type_name(features[name])})" for name in list(features)[:_MOST_SHOWN]]
+    while len(shown) > 1 and len(", ".join(shown)) > 220:
+        shown.pop()
+    left = len(features) - len(shown)
+    return ", ".join(shown) + (f" and {left:,} more" if left else "")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_SHOWN else name[: _LONGEST_SHOWN - 3] + "..."
 
 
 def _type_name(feature: Any) -> str:
@@ -124,11 +208,13 @@ def _type_name(feature: Any) -> str:
     if names is not None:
         return f"ClassLabel of {len(names)}"
     if isinstance(feature, dict):
-        return "struct<" + ", ".join(feature) + ">"
-    return str(getattr(feature, "dtype", type(feature).__name__)).rsplit(".", 1)[-1].replace("Image", "image")
+        return _short("struct<" + ", ".join(feature) + ">")
+    return _short(str(getattr(feature, "dtype", type(feature).__name__)).rsplit(".", 1)[-1].replace("Image", "image"))
 
 
-def common_table(table: datasets.Dataset, image: str, label: str, ids: Sequence[str]) -> datasets.Dataset:
+def common_table(
+    table: datasets.Dataset, image: str, label: str, ids: Sequence[str] | pa.ChunkedArray
+) -> datasets.Dataset:
     """Columns `id` (string), `image` (bytes or path, not decoded) and `label` (as it is) of some rows.
 
     Raises `UserError` if the image column holds something else.
@@ -139,48 +225,6 @@ def common_table(table: datasets.Dataset, image: str, label: str, ids: Sequence[
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise UserError(f"column {image} holds no images: {error}") from error
     table = table.rename_columns({image: "image", label: "label"})
-    names = datasets.Dataset(pa.table({"id": pa.array(ids, pa.string())}))
+    column = ids if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.string())
+    names = datasets.Dataset(pa.table({"id": column}))
     return datasets.concatenate_datasets([names, table], axis=1)
-
-
-def require_bytes(table: datasets.Dataset, column: str, where: str) -> None:
-    """Raises `UserError` if images of an archive are given by a path, which could lead anywhere."""
-    images = table.data.column(column)
-    if _is_text(images.type) or _names_files(images):
-        raise UserError(
-            f"{where}: column {column} has names of files instead of images; the images of .tar shards lie in them"
-        )
-
-
-def absolute_paths(table: datasets.Dataset, column: str, folders: Sequence[Path]) -> datasets.Dataset:
-    """The rows of a table, images that are given by a path made absolute: it is relative to the row's folder."""
-    images = table.data.column(column)
-    if not _is_text(images.type) and not _names_files(images):
-        return table  # as it is, it stays mapped into memory
-    chunks = [datasets.Image().cast_storage(chunk).flatten() for chunk in images.chunks]
-    data = pa.chunked_array([chunk[0] for chunk in chunks], pa.binary())
-    paths = pa.chunked_array([chunk[1] for chunk in chunks], pa.string())
-    absolute = [
-        os.path.join(folder, path) if path is not None and is_file else path
-        for path, is_file, folder in zip(paths.to_pylist(), data.is_null().to_pylist(), folders, strict=True)
-    ]
-    fields = [data.combine_chunks(), pa.array(absolute, pa.string())]
-    stored = pa.StructArray.from_arrays(fields, ["bytes", "path"], mask=pc.is_null(images).combine_chunks())
-    return datasets.Dataset(
-        pa.table({**{name: table.data.column(name) for name in table.column_names if name != column}, column: stored})
-    )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _names_files(images: pa.ChunkedArray) -> bool:
-    """Whether some image is a path without bytes."""
-    if not pa.types.is_struct(images.type) or images.type.get_field_index("path") < 0:
-        return False
-    paths = pc.struct_field(images, "path")
-    if images.type.get_field_index("bytes") < 0:
-        return True
-    missing = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_valid(paths))
-    return bool(pc.any(missing).as_py())

@@ -11,25 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
+import pyarrow as pa
 
 from vit_dist.data.cache import cache_folder
-from vit_dist.data.columns import (
-    absolute_paths,
-    common_table,
-    image_column,
-    label_column,
-    require_bytes,
-    split_roles,
-    usual_role,
-)
+from vit_dist.data.columns import common_table, split_roles, usual_role
 from vit_dist.data.folders import class_tables, folder_notes, layout_of, num_without_row
 from vit_dist.data.hub import datasets_cache, first_line, load_hub
+from vit_dist.data.image_files import Origin
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
+from vit_dist.data.labelled import SplitRows, labelled_tables
 from vit_dist.data.layout import Layout
 from vit_dist.data.listing import listed, shortened
 from vit_dist.data.shards import require_labels
 from vit_dist.data.split import hold_out
-from vit_dist.data.tables import extension, has_images, read_rows, split_of
+from vit_dist.data.tables import extension, has_images, numbered, read_rows, split_lists, split_of
 from vit_dist.errors import UserError
 from vit_dist.first_look import no_such_data
 
@@ -37,6 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vit_dist.options import DataOptions
+
+_SPREADSHEETS = ("xlsx", "xls", "xlsm", "xlsb", "ods", "numbers")
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,9 @@ def find(data: str) -> Path | None:
         return None
     if not data or not os.path.exists(path):
         raise UserError(no_such_data(data, path))
-    if path.is_file() and extension(path.name) not in TABLE_EXTENSIONS:
+    if path.is_file() and extension(path.name) in _SPREADSHEETS:
+        raise UserError(f"--data {data}: save the spreadsheet as CSV UTF-8 and pass that file")
+    if path.is_file() and extension(path.name) not in (*TABLE_EXTENSIONS, "txt"):
         raise UserError(f"--data {data}: not one of the files that are read, {_kinds(TABLE_EXTENSIONS)}")
     return Path(os.path.abspath(path))
 
@@ -98,23 +97,24 @@ def _kinds(extensions: frozenset[str]) -> str:
 
 def _folder(root: Path, options: DataOptions) -> Source:
     index = folder_index(root, cache_folder(options.cache_dir))
+    found = [*index.tables, *split_lists(root)]
     if not len(index.images):
-        if index.tables:
-            if extension(index.tables[0]) == "tar" and options.label_column_name is None:
-                require_labels(root / index.tables[0])
-            return _files(root, _by_split(index.tables), str(root), options)
+        if found:
+            if extension(found[0]) == "tar" and options.label_column_name is None:
+                require_labels(root / found[0])
+            return _files(root, _by_split(found), str(root), options)
         _refuse_hidden(root, index)
         raise UserError(f"{root}: no images ({_kinds(IMAGE_EXTENSIONS)}) and no tables ({_kinds(TABLE_EXTENSIONS)})")
     # Class folders may well hold tables about something else.
-    tables = [file for file in index.tables if has_images(root, file, options.image_column_name)]
+    tables = [file for file in found if has_images(root, file, options.image_column_name)]
     if tables and not options.class_folders:
         return _beside_images(root, index, tables, options)
     try:
         layout = layout_of(root, index, options)
     except UserError as error:
-        if not index.tables or options.class_folders:
+        if not found or options.class_folders:
             raise
-        raise UserError(f"{error}. {listed(index.tables, 60, 2)} may label them: see --image_column_name") from None
+        raise UserError(f"{error}. {listed(found, 60, 2)} may label them: see --image_column_name") from None
     return _image_folder(root, index, layout, tables)
 
 
@@ -174,40 +174,50 @@ def _files(root: Path, splits: dict[str, list[str]], where: str, options: DataOp
     chosen = (options.train_split, options.validation_split, options.test_split)
     if not any(usual_role(name) or name in chosen for name in splits):
         splits = {"train": [file for files in splits.values() for file in files]}
-    roles = split_roles(list(splits), options, where)
-    tables, ids = {}, {}
+    roles, refusal = _roles(list(splits), options, where)
+    named = [name for name in (options.image_column_name, options.label_column_name, options.split_column_name) if name]
+    parts = {}
     for role, split in roles.items():
-        rows = read_rows(splits[split], root, datasets_cache(options.cache_dir))
-        image = image_column(rows.table.features, options.image_column_name, str(root / rows.files[0]))
-        if extension(rows.files[0]) == "tar":
-            require_bytes(rows.table, image, str(root / rows.files[0]))
-        tables[role] = absolute_paths(rows.table, image, rows.folders(root))
-        ids[role] = rows.ids()
+        rows = read_rows(splits[split], root, datasets_cache(options.cache_dir), named)
+        first = str(root / rows.files[0])
+        origin = _origin(first, rows.folders(root), rows.num_rows, options)
+        parts[role] = SplitRows(rows.table, rows.ids(), origin, extension(first) == "tar", rows.notes)
     kinds = sorted({extension(file) for split in roles.values() for file in splits[split]})
-    return _source(tables, ids, where, "/".join(kinds), options, set(splits) - set(roles.values()))
+    return _source(parts, where, "/".join(kinds), options, set(splits) - set(roles.values()), refusal=refusal)
+
+
+def _origin(where: str, folders: list[Path], num_rows: list[int], options: DataOptions) -> Origin:
+    return Origin(where, folders, num_rows, options.image_root, options.on_bad_image == "skip")
+
+
+def _roles(splits: list[str], options: DataOptions, where: str) -> tuple[dict[str, str], UserError | None]:
+    """As `split_roles`. The one split there is may have a column of splits that the options mean: then the refusal is
+    for the case that it has not.
+    """
+    try:
+        return split_roles(splits, options, where), None
+    except UserError as error:
+        if len(splits) > 1:
+            raise
+        return {"train": splits[0]}, error
 
 
 def _source(
-    tables: dict[str, datasets.Dataset],
-    ids: dict[str, list[str]],
+    parts: dict[str, SplitRows],
     where: str,
     kind: str,
     options: DataOptions,
     unused: set[str],
     revision: str | None = None,
+    refusal: UserError | None = None,
 ) -> Source:
-    """A source out of tables with any columns, by role."""
-    common = {}
-    for role, table in tables.items():
-        image = image_column(table.features, options.image_column_name, f"{where} ({role})")
-        label = label_column(table.features, options.label_column_name, f"{where} ({role})")
-        if image == label:
-            raise UserError(f"--image_column_name {image}: {where} has its labels in this column")
-        common[role] = common_table(table, image, label, ids[role])
-        if role == "train":
-            kind += f", images in column {image}, labels in {label}"
-    names = getattr(common["train"].features["label"], "names", None)
-    return Source(common, names, _describe(where, [kind], common, unused), revision)
+    """A source out of rows with any columns, by role."""
+    made = labelled_tables(parts, options)
+    if refusal is not None and not made.by_column:
+        raise refusal
+    names = getattr(made.tables["train"].features["label"], "names", None)
+    notes = [kind, *made.notes]
+    return Source(made.tables, names, _describe(where, notes, made.tables, {*unused, *made.unused}), revision)
 
 
 def _describe(where: str, notes: list[str], tables: dict[str, datasets.Dataset], unused: Collection[str]) -> str:
@@ -216,17 +226,17 @@ def _describe(where: str, notes: list[str], tables: dict[str, datasets.Dataset],
     return f"{where}: " + "; ".join([", ".join(notes), sizes, *ignored])
 
 
-def _row_ids(splits: dict[str, str], tables: dict[str, datasets.Dataset]) -> dict[str, list[str]]:
-    return {role: [f"{splits[role]}#{row}" for row in range(len(table))] for role, table in tables.items()}
-
-
 def _from_splits(
     splits: dict[str, datasets.Dataset], where: str, kind: str, options: DataOptions, revision: str | None = None
 ) -> Source:
-    roles = split_roles(list(splits), options, where)
-    tables = {role: splits[split] for role, split in roles.items()}
-    ids = _row_ids(roles, tables)
-    return _source(tables, ids, where, kind, options, set(splits) - set(roles.values()), revision)
+    roles, refusal = _roles(list(splits), options, where)
+    parts = {}
+    for role, split in roles.items():
+        num_rows = len(splits[split])
+        origin = _origin(where, [Path.cwd()], [num_rows], options)
+        parts[role] = SplitRows(splits[split], pa.chunked_array([numbered(split, num_rows)], pa.string()), origin)
+    unused = set(splits) - set(roles.values())
+    return _source(parts, where, kind, options, unused, revision, refusal)
 
 
 def _saved(path: Path, options: DataOptions) -> Source:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vit_dist.data.columns import image_column, usual_role
+from vit_dist.data.columns import image_column, is_guess, is_image_name, is_label_name, label_candidates, usual_role
+from vit_dist.data.image_files import leads_to_images
+from vit_dist.data.text_tables import json_column, json_records, read_text, whole_numbers
 from vit_dist.errors import UserError
 
 _SHARD_NUMBER = re.compile(r"[-_. ]?\d+([-_. ]of[-_. ]\d+)?([-_.][0-9a-f]{8,})?$")
-_WHOLE_NUMBER = re.compile(r"0|-?[1-9]\d*")  # not 007: that is a name, and its zeros matter
+_JSON = ("json", "jsonl")
+_FAMILIES = {"tsv": "csv", "txt": "csv", "jsonl": "json"}  # kinds that are read alike
+_NUM_PEEKED = 20  # rows that tell what a table is about
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,22 @@ class Rows:
     table: datasets.Dataset
     files: list[str]  # relative to the data folder
     num_rows: list[int]  # per file
+    notes: list[str] = field(default_factory=list)  # how the files are written
 
-    def ids(self) -> list[str]:
+    def ids(self) -> pa.ChunkedArray:
         """`<file>#<row>` for every row."""
-        counts = zip(self.files, self.num_rows, strict=True)
-        return [f"{file}#{row}" for file, count in counts for row in range(count)]
+        return pa.chunked_array(
+            [numbered(file, count) for file, count in zip(self.files, self.num_rows, strict=True)], pa.string()
+        )
 
     def folders(self, root: Path) -> list[Path]:
-        """For every row the folder of its file, which paths of images are relative to."""
-        counts = zip(self.files, self.num_rows, strict=True)
-        return [folder for file, count in counts for folder in [(root / file).parent] * count]
+        """For every file its folder, which paths of images are relative to."""
+        return [(root / file).parent for file in self.files]
+
+
+def numbered(name: str, count: int) -> pa.Array:
+    """`<name>#0`, `<name>#1`, ..."""
+    return pc.binary_join_element_wise(name, pa.array(np.arange(count)).cast(pa.string()), "#")
 
 
 def split_of(file: str) -> str:
@@ -67,29 +76,55 @@ def has_images(root: Path, file: str, override: str | None) -> bool:
     try:
         if kind == "parquet":
             features = datasets.Features.from_arrow_schema(pq.read_schema(root / file))
-        else:
-            features = _read_text([file], root, num_rows=1).table.features
-        image_column(features, override, file)
-    except (UserError, OSError, ValueError, pa.ArrowException):
+            image = image_column(features, override, file)
+            return override is not None or not is_guess(image, features[image])
+        rows = _read_text([file], root, [override] if override else [], num_rows=_NUM_PEEKED)
+        features = rows.table.features
+        image = image_column(features, override, file)
+        if override is not None or not is_guess(image, features[image]):
+            return True
+        return bool(label_candidates(features)) and leads_to_images(rows.table.data.column(image), root / file)
+    except Exception:  # whatever a file of another kind leads to
         return False
-    return True
 
 
-def read_rows(files: Sequence[str], root: Path, cache_dir: str | None) -> Rows:
-    """All rows of some files of one kind. Parquet and tar are converted once, to Arrow files in the cache, and
-    mapped into memory. Raises `UserError` for files that cannot be read."""
-    kinds = {extension(file) for file in files}
+def split_lists(root: Path) -> list[str]:
+    """Lists of images called `train.txt`, `val_list.txt` and the like that lie in a folder."""
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return []
+    lists = [name for name in names if extension(name) == "txt" and usual_role(re.split(r"[^A-Za-z]", name)[0])]
+    return [name for name in lists if has_images(root, name, None)]
+
+
+def read_rows(files: Sequence[str], root: Path, cache_dir: str | None, names: Sequence[str] = ()) -> Rows:
+    """All rows of some files of one kind.
+
+    Parquet and tar are converted once, to Arrow files in the cache, and mapped into memory.
+
+    Args:
+        files: Paths below `root`.
+        root: The data folder.
+        cache_dir: Where `datasets` keeps what it converts.
+        names: Columns that the user named.
+
+    Raises:
+        UserError: A file cannot be read, or the files are of different kinds.
+    """
+    kinds = {_FAMILIES.get(extension(file), extension(file)) for file in files}
     if len(kinds) > 1:
-        raise UserError(f"{root}: files of different kinds for one split: {', '.join(sorted(files)[:5])}")
+        shown = ", ".join(file if len(file) <= 60 else "..." + file[-57:] for file in sorted(files)[:5])
+        raise UserError(f"{root}: files of different kinds for one split: {shown}; pass one of them with --data")
     readers = {"parquet": _read_parquet, "tar": _read_shards}
     kind = kinds.pop()
     try:
-        rows = readers[kind](files, root, cache_dir) if kind in readers else _read_text(files, root)
+        rows = readers[kind](files, root, cache_dir) if kind in readers else _read_text(files, root, names)
     except UserError:
         raise
     except Exception as error:  # whatever a parser says about a broken file
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise UserError(f"cannot read {_few(files, root)}: {reason}") from error
     if len(rows.table) == 0:
         raise UserError(f"{_few(files, root)}: no rows")
@@ -132,71 +167,42 @@ def _build(builder_class: Any, files: Sequence[str], root: Path, cache_dir: str 
     return builder.as_dataset(split="train")
 
 
-def _read_text(files: Sequence[str], root: Path, num_rows: int | None = None) -> Rows:
-    """CSV, TSV, JSON lines or a JSON list of objects; at most `num_rows` rows of each file."""
+def _read_text(files: Sequence[str], root: Path, names: Sequence[str] = (), num_rows: int | None = None) -> Rows:
+    """CSV and its relatives, lists, JSON lines or JSON lists; at most `num_rows` rows of each file."""
+    if extension(files[0]) in _JSON:
+        return _read_json(files, root, num_rows)
+    tables: list[pa.Table] = []
+    notes: dict[str, None] = {}
+    for file in files:
+        table, found = read_text(root / file, num_rows, names)
+        tables.append(table)
+        notes.update(dict.fromkeys(found))
+    _require_columns(tables, files, root, names)
+    text = pa.concat_tables(tables, promote_options="default")
+    columns = {name: whole_numbers(text.column(name)) for name in text.column_names}
+    return Rows(datasets.Dataset(pa.table(columns)), list(files), [len(table) for table in tables], list(notes))
+
+
+def _require_columns(tables: Sequence[pa.Table], files: Sequence[str], root: Path, names: Sequence[str]) -> None:
+    """Raise `UserError` if a column of images or labels is in some of the files only."""
+    first = tables[0].column_names
+    for table, file in zip(tables[1:], files[1:], strict=True):
+        for name in sorted(set(first) ^ set(table.column_names)):
+            if name in names or is_image_name(name) or is_label_name(name):
+                one, other = (files[0], file) if name in first else (file, files[0])
+                raise UserError(
+                    f"{root}: {one} has a column {name}, {other} has not: give both the same columns, or pass one file "
+                    "with --data"
+                )
+
+
+def _read_json(files: Sequence[str], root: Path, num_rows: int | None) -> Rows:
     records: list[dict[str, Any]] = []
     counts = []
     for file in files:
-        read = _json_records if extension(file) in ("json", "jsonl") else _csv_records
-        new = read(root / file, num_rows)
+        new = json_records(root / file, num_rows)
         records += new
         counts.append(len(new))
     names = dict.fromkeys(name for record in records for name in record)
-    convert = _json_column if extension(files[0]) in ("json", "jsonl") else _csv_column
-    columns = {name: convert([record.get(name) for record in records]) for name in names}
+    columns = {name: json_column([record.get(name) for record in records]) for name in names}
     return Rows(datasets.Dataset(pa.table(columns)), list(files), counts)
-
-
-def _csv_records(path: Path, num_rows: int | None) -> list[dict[str, Any]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        records = []
-        for record in reader:
-            if None in record:
-                raise ValueError(f"line {reader.line_num} has more fields than the header")
-            records.append(record)
-            if len(records) == num_rows:
-                break
-    return records
-
-
-def _csv_column(values: list[str | None]) -> pa.Array:
-    filled = [value or None for value in values]
-    if all(value is None or _WHOLE_NUMBER.fullmatch(value) for value in filled):
-        return pa.array([None if value is None else int(value) for value in filled], pa.int64())
-    return pa.array(filled, pa.string())
-
-
-def _json_records(path: Path, num_rows: int | None) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
-        if file.read(64).lstrip().startswith("["):
-            file.seek(0)
-            records = json.load(file)[:num_rows]
-        else:
-            file.seek(0)
-            records = []
-            for line in file:
-                if line.strip():
-                    records.append(json.loads(line))
-                    if len(records) == num_rows:
-                        break
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError("not JSON objects, one a line, nor a list of them")
-    return records
-
-
-def _json_column(values: list[Any]) -> pa.Array:
-    if any(isinstance(value, dict) and ("bytes" in value or "path" in value) for value in values):
-        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-        return pa.array([_json_image(value) for value in values], image)
-    try:
-        return pa.array(values)
-    except pa.ArrowException:  # a column of many types is of no use here, unless it is asked for
-        return pa.array([json.dumps(value) for value in values])
-
-
-def _json_image(value: Any) -> dict[str, Any] | None:
-    if not isinstance(value, dict):
-        return None if value is None else {"bytes": None, "path": str(value)}
-    data = value.get("bytes")
-    return {"bytes": None if data is None else base64.b64decode(data, validate=True), "path": value.get("path")}

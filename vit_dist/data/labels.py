@@ -1,0 +1,187 @@
+"""The label column of a table: which one it is, and whether its values are one class per image."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vit_dist.data.columns import is_guess, label_candidates, label_column, same_labels
+from vit_dist.errors import UserError
+
+_MIN_ROWS_OF_IDS = 20  # with as many distinct labels as rows from here on, labels are taken for ids
+_MOST_ONE_HOT = 500  # columns that are looked at
+_MOST_LISTED = 5
+_DECIMAL = r"^-?\d+[.]\d*$|^-?\d*[.]\d+$"
+_WHOLE_DECIMAL = r"^-?\d+[.]0*$"
+
+
+def find_labels(table: datasets.Dataset, image: str, override: str | None, where: str) -> tuple[str, list[str]]:
+    """The column with the labels, and notes on how it was chosen.
+
+    Of columns that give the same classes (`label` and `label_name`), the one with names. Raises `UserError` if there
+    is not exactly one.
+    """
+    features = table.features
+    if override is None:
+        candidates = label_candidates({name: features[name] for name in features if name != image})
+        group = [candidates[0], *same_labels(features, candidates[0])] if candidates else []
+        group = [name for name in group if name != image]
+        if len(group) > 1 and set(candidates) <= set(group):
+            return _of_the_same(table, group, where)
+        if not candidates and (reason := _one_hot(table, image)):
+            raise UserError(f"{where}: {reason}")
+    others = {name: feature for name, feature in features.items() if name != image}
+    name = label_column(features if override is not None else others, override, where)
+    return name, [f"{name} is a guess: --label_column_name"] if override is None and is_guess(
+        name, features[name]
+    ) else []
+
+
+def _of_the_same(table: datasets.Dataset, group: list[str], where: str) -> tuple[str, list[str]]:
+    """Of columns named alike, the one with names if all give the same classes."""
+    declared = [name for name in group if isinstance(table.features[name], datasets.ClassLabel)]
+    if len(declared) == 1:
+        return declared[0], []
+    for other in group[1:]:
+        if not _one_to_one(table, group[0], other):
+            raise UserError(
+                f"{where}: columns {group[0]} and {other} give different classes: name one with --label_column_name"
+            )
+    texts = [name for name in group if pa.types.is_string(_value_type(table.data.column(name)))]
+    chosen = (texts or group)[0]
+    rest = ", ".join(name for name in group if name != chosen)
+    return chosen, [f"the same classes in {rest}"]
+
+
+def _value_type(column: pa.ChunkedArray) -> pa.DataType:
+    return column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+
+
+def _one_to_one(table: datasets.Dataset, first: str, second: str) -> bool:
+    columns = [table.data.column(name) for name in (first, second)]
+    if any(pa.types.is_nested(column.type) for column in columns):
+        return False
+    plain = [column.cast(_value_type(column)) for column in columns]
+    pairs = pa.table(plain, names=["first", "second"]).group_by(["first", "second"]).aggregate([])
+    return all(len(pairs) == pc.count_distinct(column, mode="all").as_py() for column in plain)
+
+
+def _one_hot(table: datasets.Dataset, image: str) -> str | None:
+    """Why a table has no label column if its classes are columns of 0 and 1; None if they are not."""
+    flags: list[str] = []
+    total: Any = 0
+    for name in [name for name in table.column_names if name != image][:_MOST_ONE_HOT]:
+        column = table.data.column(name)
+        kind = _value_type(column)
+        if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            values = pc.unique(column).to_pylist()
+            if 1 < len(values) < 4 and set(values) <= {0, 1, None}:
+                flags.append(name)
+                total = total + np.nan_to_num(column.to_numpy(zero_copy_only=False).astype(float))
+    if len(flags) < 2:
+        return None
+    several = "several classes per image" if np.any(total > 1) else "one-hot labels"
+    return (
+        f"columns {_listed(flags)} hold 0 and 1 ({several}): write one column label with one class per row, or "
+        "name a column with --label_column_name"
+    )
+
+
+def clean_labels(table: datasets.Dataset, name: str, where: str) -> tuple[datasets.Dataset, list[str]]:
+    """The table with labels without surrounding spaces and without `.0`, and notes on what was changed.
+
+    Raises `UserError` if the values are not one class per image: fractions, lists of classes, or ids.
+    """
+    column = table.data.column(name)
+    kind = _value_type(column)
+    if isinstance(table.features[name], datasets.ClassLabel) or pa.types.is_nested(kind):
+        return table, []
+    if pa.types.is_string_view(kind):
+        kind = pa.string()
+        table = table.cast_column(name, datasets.Value("string"))
+    column = column.cast(kind)
+    values = pc.unique(column)
+    _refuse_ids(name, len(values), len(column), where)
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return table, []
+    cleaned, notes = _clean(values.cast(pa.string()), name, where)
+    if not notes:
+        return table, []
+    places = pc.index_in(column, value_set=values)
+    made = pa.chunked_array([cleaned.take(chunk) for chunk in places.chunks], cleaned.type)
+    others = [other for other in table.column_names if other != name]
+    kept = table.select_columns(others) if others else None
+    fresh = datasets.Dataset(pa.table({name: made}))
+    return datasets.concatenate_datasets([kept, fresh], axis=1) if kept is not None else fresh, notes
+
+
+def _refuse_ids(name: str, num_values: int, num_rows: int, where: str) -> None:
+    if num_values == num_rows >= _MIN_ROWS_OF_IDS:
+        raise UserError(
+            f"{where}: column {name} has another value in each of {num_rows:,} rows, so it holds no classes: name the "
+            "column of the labels with --label_column_name"
+        )
+
+
+def _clean(values: pa.Array, name: str, where: str) -> tuple[pa.Array, list[str]]:
+    """Distinct labels, cleaned."""
+    notes = []
+    trimmed = pc.utf8_trim_whitespace(values)
+    trimmed = pc.if_else(pc.equal(trimmed, ""), None, trimmed)
+    if not trimmed.equals(values):
+        notes.append(f"spaces around labels in {name} removed")
+    present = pc.drop_null(trimmed)
+    if len(present) and pc.all(pc.match_substring_regex(present, rf"{_DECIMAL}|^-?\d+$")).as_py():
+        if pc.all(pc.match_substring_regex(present, rf"{_WHOLE_DECIMAL}|^-?\d+$")).as_py():
+            if pc.any(pc.match_substring_regex(present, _WHOLE_DECIMAL)).as_py():
+                whole = pc.replace_substring_regex(trimmed, r"[.]0*$", "")
+                return whole.cast(pa.int64()), [*notes, f"labels in {name} such as {present[0]} read as whole numbers"]
+        else:
+            fractions = present.filter(pc.invert(pc.match_substring_regex(present, rf"{_WHOLE_DECIMAL}|^-?\d+$")))
+            raise UserError(
+                f"{where}: column {name} holds numbers with fractions ({fractions[0]}), not classes: name another "
+                "column with --label_column_name, or write names instead of numbers"
+            )
+    if several := _several_classes(present.to_pylist()):
+        raise UserError(
+            f"{where}: column {name} holds several classes per image ({_short(several)}): one class per image is needed"
+        )
+    return trimmed, notes
+
+
+def _several_classes(labels: list[str]) -> str | None:
+    """A label that lists several classes; None if there is none.
+
+    A vertical bar separates classes if some class occurs in two labels; a comma or semicolon, which names of classes
+    have too, only if every part is a label of its own as well.
+    """
+    for label in labels:
+        if re.fullmatch(r"[\[({].*['\"].*[\])}]", label.strip()):
+            return label
+    known = set(labels)
+    for separator in "|,;":
+        lists = [label for label in labels if separator in label]
+        seen: set[str] = set(known)
+        for label in lists:
+            parts = {part.strip() for part in label.split(separator)} - {""}
+            repeated = parts & seen
+            if len(parts) > 1 and (repeated == parts if separator != "|" else repeated):
+                return label
+            if separator == "|":
+                seen |= parts
+    return None
+
+
+def _short(text: str, longest: int = 60) -> str:
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _listed(names: list[str]) -> str:
+    left = len(names) - _MOST_LISTED
+    return ", ".join(_short(name, 30) for name in names[:_MOST_LISTED]) + (f" and {left:,} more" if left > 0 else "")
