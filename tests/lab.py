@@ -300,11 +300,13 @@ class ForkServer:
 
 def serve() -> None:
     """The other side of a ForkServer."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print when they are imported
     for line in sys.stdin:
         args, options = json.loads(line)
         done = fork(*args, expect=None, **options)
-        sys.stdout.write(json.dumps([done.returncode, done.stdout, done.stderr]) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps([done.returncode, done.stdout, done.stderr]) + "\n")
+        answers.flush()
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

@@ -21,9 +21,12 @@ def main(argv: list[str]) -> int:
     shared = Path(tempfile.mkdtemp(prefix="vit_dist-tests-"))
     seed = [] if any(word.startswith("--seed") for word in argv) else [f"--seed={int(time.time()) % 1000}"]
     running = {lane: _start(lane, shared, [*seed, *argv]) for lane in range(1, min(LANES, len(files) or LANES) + 1)}
-    codes = {}
+    codes: dict[int, int] = {}
     while running:
-        time.sleep(0.2)
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt:  # the processes have heard it, too
+            continue
         for lane in [lane for lane, process in running.items() if process.poll() is not None]:
             codes[lane] = running.pop(lane).returncode
             _say(f"\n===== lane {lane} of pytest: exit code {codes[lane]} =====\n{_log(shared, lane).read_text()}")
@@ -55,7 +58,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # the processes have heard it, too
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))
