@@ -190,7 +190,7 @@ def test_a_timm_folder_is_named_with_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"architecture": "vit_tiny_patch16_224", "num_classes": 1000, "num_features": 192, "pretrained_cfg": {}}'
     )
-    with pytest.raises(UserError, match=r"timm model \(vit_tiny_patch16_224\), which needs timm: pip install timm"):
+    with pytest.raises(UserError, match=r"is a timm model \(vit_tiny_patch16_224\): .*pip install timm.*families vit"):
         load_processor(ModelOptions(model=str(tmp_path)))
 
 

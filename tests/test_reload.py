@@ -96,7 +96,7 @@ def test_canary_upstream_reads_what_the_trainer_sets(vit: Any, tmp_path: Path) -
     assert hasattr(Trainer(model=vit, args=arguments(tmp_path)), "model_accepts_loss_kwargs")
     for method, name in (
         (Trainer.training_step, "model_accepts_loss_kwargs"),
-        (Trainer.get_batch_samples, "model_accepts_loss_kwargs"),
+        (Trainer._get_num_items_in_batch, "model_accepts_loss_kwargs"),
         (Trainer.get_eval_dataloader, "_eval_dataloaders"),
     ):
         assert name in method.__code__.co_names + method.__code__.co_consts, f"{method.__name__} reads {name} no more"

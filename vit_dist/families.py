@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -124,17 +123,18 @@ def check_image_size(config: Any, side: int) -> None:
 
 
 def _refuse(name: str, model_type: str, raw: dict[str, Any]) -> None:
-    """Raise UserError for a family that cannot be trained, or that lacks a package."""
+    """Raise UserError for a family that cannot be trained."""
     if model_type in REFUSED:
         raise UserError(
             f"model {name} is of the family {model_type}, which {REFUSED[model_type]}; give a checkpoint of another "
             f"family, such as {_like(model_type)}"
         )
-    if model_type == "timm_wrapper" and importlib.util.find_spec("timm") is None:
+    if model_type == "timm_wrapper":
         architecture = raw.get("architecture", "no architecture named")
         raise UserError(
-            f"model {name} is a timm model ({architecture}), which needs timm: pip install timm; or give a "
-            f"transformers checkpoint, of the families {', '.join(USUAL)}"
+            f"model {name} is a timm model ({architecture}): transformers needs timm (pip install timm) and torchvision "
+            "for it, and training it is not supported here; give a transformers checkpoint of one of the families "
+            f"{', '.join(USUAL)}"
         )
 
 

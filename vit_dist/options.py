@@ -103,15 +103,16 @@ class ModelOptions:
 
     model: str = _option(
         "google/vit-base-patch16-224-in21k",
-        "A hub id or a folder of any image classification model that transformers knows, or `tiny`: a small ViT with "
-        "random weights, for trying things out.",
+        "A hub id or a folder of any image classification model that transformers knows, of DINOv3, of ViT-MAE, of "
+        "CLIP or SigLIP (the vision tower is trained), or `tiny`: a small ViT with random weights, for trying things "
+        "out.",
     )
     model_revision: str | None = _option(None, "Branch, tag or commit of a hub model; the commit is recorded.")
     from_scratch: bool = _option(False, "Take only the architecture from --model, with random weights.")
     image_size: int | None = _option(
         None,
-        "Input side in pixels. Default: the model's own. Another size interpolates the position embeddings once; the "
-        "saved model has the new size.",
+        "Input side in pixels, a multiple of the model's patch size. Default: the model's own. Another size "
+        "interpolates the position embeddings once; the saved model has the new size.",
     )
     bf16_residual: bool = _option(
         False,
