@@ -132,8 +132,8 @@ def _refuse(name: str, model_type: str, raw: dict[str, Any]) -> None:
     if model_type == "timm_wrapper":
         architecture = raw.get("architecture", "no architecture named")
         raise UserError(
-            f"model {name} is a timm model ({architecture}): transformers needs timm (pip install timm) and torchvision "
-            "for it, and training it is not supported here; give a transformers checkpoint of one of the families "
+            f"model {name} is a timm model ({architecture}): transformers needs timm (pip install timm) and "
+            "torchvision for it, and training it is not supported here; give a transformers checkpoint of the families "
             f"{', '.join(USUAL)}"
         )
 
