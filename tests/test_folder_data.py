@@ -105,6 +105,12 @@ def test_images_without_class_folders_beside_a_table_are_refused_naming_the_tabl
     assert "train_images" in message and "train.csv" in message
 
 
+def test_a_folder_without_images_that_are_read_names_what_it_holds(load, tmp_path):
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    (tmp_path / "raw" / "a" / "1.cr2").touch()
+    assert "no images" in refusal(load, tmp_path / "raw") and "1 .cr2" in refusal(load, tmp_path / "raw")
+
+
 def test_images_that_no_row_of_the_table_names_are_counted(load, tmp_path):
     root = image_folder(tmp_path / "data", {"images": 4})
     (root / "labels.csv").write_text("filename,label\nimages/0.png,a\nimages/1.png,b\n")
@@ -313,6 +319,20 @@ def test_some_dark_16_bit_images_are_a_note(build, tmp_path):
     assert judge_levels(Seen(images=9), "train") is None
 
 
+def test_transparent_images_larger_than_a_strip_are_what_they_were(monkeypatch):
+    from vit_dist.data import decode as module
+
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 23, 4)).astype(np.uint8)
+    deep = np.random.default_rng(1).integers(0, 65536, (37, 23)).astype(np.uint16)
+    files = [encoded(Image.fromarray(pixels)), encoded(Image.fromarray(deep))]
+    whole = [np.asarray(decode(file, DecodeRules(background=(9, 200, 30)))) for file in files]
+    monkeypatch.setattr(module, "_STRIP_PIXELS", 100)
+    strips = [np.asarray(decode(file, DecodeRules(background=(9, 200, 30)))) for file in files]
+    assert all((one == two).all() for one, two in zip(whole, strips, strict=True))
+    behind = Image.new("RGBA", (23, 37), (9, 200, 30, 255))
+    assert (whole[0] == np.asarray(Image.alpha_composite(behind, Image.fromarray(pixels)).convert("RGB"))).all()
+
+
 # Duplicates
 
 
@@ -396,6 +416,17 @@ def test_sizes_are_sampled_over_the_classes(load, tmp_path):
     seen = sample_sizes([table])
     assert seen.images == 1000 and (seen.widest, seen.highest) == (40, 30)
     assert "1,000 of 3,000 images" in size_line(seen, 3000)
+
+
+def test_doctor_shows_classes_and_sizes(tmp_path):
+    from types import SimpleNamespace
+
+    from vit_dist.verbs.checks import check_data
+
+    data = options(image_folder(tmp_path / "data", {"cat": 3, "dog": 5}), tmp_path / "cache")
+    config = SimpleNamespace(data=data, model=ModelOptions(model="tiny"), data_seed=0)
+    found = check_data(SimpleNamespace(config=config))  # type: ignore[arg-type]
+    assert "images by class in train: cat" in found.detail and "image sizes" in found.detail
 
 
 # Messages

@@ -25,6 +25,8 @@ def class_lines(train: datasets.Dataset, classes: Sequence[str]) -> list[str]:
     line = f"images by class in train: {listed(shown, room=140)}"
     small, large = int(counts.argmin()), int(counts.argmax())
     extremes = [f"{shortened(classes[place], _LONGEST_NAME)} {counts[place]:,}" for place in (small, large)]
+    if counts[small] == counts[large]:
+        return [line, f"every class has {counts[small]:,}"]
     return [line, f"smallest class: {extremes[0]}; largest: {extremes[1]}"]
 
 

@@ -68,11 +68,9 @@ def folder_notes(index: FolderIndex) -> list[str]:
     """What lies in the folder and is not read."""
     notes = []
     if index.num_other:
-        suffixes: dict[str, int] = {}
-        for counts in index.others.values():
-            for suffix, count in counts.items():
-                suffixes[suffix] = suffixes.get(suffix, 0) + count
-        notes.append(f"{index.num_other:,} other file{'s' * (index.num_other != 1)} ignored ({counted(suffixes)})")
+        notes.append(
+            f"{index.num_other:,} other file{'s' * (index.num_other != 1)} ignored ({counted(index.suffixes)})"
+        )
     if index.system:
         notes.append(f"system folders left out: {listed([f'{name} ({n})' for name, n in index.system.items()], 200)}")
     if index.links:

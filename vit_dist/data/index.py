@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vit_dist.data.cache import locked, read_sealed, write_sealed
+from vit_dist.data.listing import shortened
 from vit_dist.errors import UserError
 from vit_dist.files import is_run_folder
 
@@ -62,7 +63,15 @@ class FolderIndex:
     @property
     def num_other(self) -> int:
         """Visible files that are neither images nor tables."""
-        return sum(sum(counts.values()) for counts in self.others.values())
+        return sum(self.suffixes.values())
+
+    @property
+    def suffixes(self) -> dict[str, int]:
+        """Their numbers by suffix."""
+        total: Counter[str] = Counter()
+        for counts in self.others.values():
+            total.update(counts)
+        return dict(total)
 
 
 @dataclass
@@ -162,7 +171,8 @@ class _Walk:
             with os.scandir(self.root / relative) as listing:
                 entries = list(listing)
         except OSError as error:
-            raise UserError(f"cannot read the folder {self.root / relative}: {error.strerror}") from error
+            where = shortened(str(self.root / relative), 300)
+            raise UserError(f"cannot read the folder {where}: {error.strerror}") from error
         marked = relative and {"status.json", ".lock"} & {entry.name for entry in entries}
         if marked and is_run_folder(self.root / relative):
             self.scan.directories.append((relative, _RUN_FOLDER, 0))
@@ -233,7 +243,7 @@ def _scan(root: Path) -> _Scan:
     try:
         walk = _Walk(root)
     except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {error.strerror}") from error
+        raise UserError(f"cannot read the folder {shortened(str(root), 300)}: {error.strerror}") from error
     scan = walk.run()
     index = scan.index
     _require_utf8(str(root), *index.tables)
@@ -263,9 +273,10 @@ def _require_utf8(*names: str) -> None:
         try:
             os.fsencode(name).decode()
         except UnicodeError:
-            raise UserError(f"a file name is not valid UTF-8, rename the file: {name!a}") from None
+            raise UserError(f"a file name is not valid UTF-8, rename the file: {shortened(ascii(name), 250)}") from None
         raise UserError(
-            f"the locale's encoding is {sys.getfilesystemencoding()}, and names of files are UTF-8 ({name!a}): "
+            f"the locale's encoding is {sys.getfilesystemencoding()}, and names of files are UTF-8 "
+            f"({shortened(ascii(name), 200)}): "
             "set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
         )
 
@@ -307,7 +318,8 @@ def _read(path: Path) -> _Scan | None:
     if content is None:
         return None
     try:
-        table = pq.read_table(pa.BufferReader(pa.py_buffer(content)))
+        # Without Arrow's threads: a process that ends at once would abort in their destructors.
+        table = pq.ParquetFile(pa.BufferReader(pa.py_buffer(content)), pre_buffer=False).read(use_threads=False)
         header: dict[str, Any] = json.loads((table.schema.metadata or {})[b"vit_dist"])
         if header["version"] != _VERSION:
             return None

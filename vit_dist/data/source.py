@@ -21,7 +21,7 @@ from vit_dist.data.image_files import Origin
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
 from vit_dist.data.labelled import SplitRows, labelled_tables
 from vit_dist.data.layout import Layout
-from vit_dist.data.listing import listed, shortened
+from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.shards import require_labels
 from vit_dist.data.split import hold_out
 from vit_dist.data.tables import extension, has_images, numbered, read_rows, split_lists, split_of
@@ -81,9 +81,11 @@ def find(data: str) -> Path | None:
     if not data or not os.path.exists(path):
         raise UserError(no_such_data(data, path))
     if path.is_file() and extension(path.name) in _SPREADSHEETS:
-        raise UserError(f"--data {data}: save the spreadsheet as CSV UTF-8 and pass that file")
+        raise UserError(f"--data {shortened(data, 200)}: save the spreadsheet as CSV UTF-8 and pass that file")
     if path.is_file() and extension(path.name) not in (*TABLE_EXTENSIONS, "txt"):
-        raise UserError(f"--data {data}: not one of the files that are read, {_kinds(TABLE_EXTENSIONS)}")
+        raise UserError(
+            f"--data {shortened(data, 200)}: not one of the files that are read, {_kinds(TABLE_EXTENSIONS)}"
+        )
     return Path(os.path.abspath(path))
 
 
@@ -104,7 +106,11 @@ def _folder(root: Path, options: DataOptions) -> Source:
                 require_labels(root / found[0])
             return _files(root, _by_split(found), str(root), options)
         _refuse_hidden(root, index)
-        raise UserError(f"{root}: no images ({_kinds(IMAGE_EXTENSIONS)}) and no tables ({_kinds(TABLE_EXTENSIONS)})")
+        only = f", only {counted(index.suffixes)}" if index.others else ""
+        raise UserError(
+            f"{shortened(str(root), 100)}: no images ({_kinds(IMAGE_EXTENSIONS)}) and no tables "
+            f"({_kinds(TABLE_EXTENSIONS)}){only}"
+        )
     # Class folders may well hold tables about something else.
     tables = [file for file in found if has_images(root, file, options.image_column_name)]
     if tables and not options.class_folders:
@@ -121,7 +127,8 @@ def _folder(root: Path, options: DataOptions) -> Source:
 def _refuse_hidden(root: Path, index: FolderIndex) -> None:
     if index.hidden:
         raise UserError(
-            f"{root / index.hidden[0]} is a hidden folder with images in it: delete it, or rename it if it is a class"
+            f"{shortened(str(root / index.hidden[0]), 250)} is a hidden folder with images in it: delete it, or rename "
+            "it if it is a class"
         )
 
 

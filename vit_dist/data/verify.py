@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DIGEST_BYTES = 16
 _CHUNK = 32  # rows that a worker reads at once
 _MOST_LISTED = 10
-_LIST_LENGTH = 250  # characters
+_LIST_LENGTH = 320  # characters
 _LOWEST_USE = 8192  # an eighth of the levels of 16-bit gray
 
 
@@ -156,7 +156,7 @@ def _listed(bad: Sequence[BadRow]) -> list[str]:
     """A line for each, as many as fit."""
     lines: list[str] = []
     for row in bad[:_MOST_LISTED]:
-        line = f"{shortened(row.id)}: {shortened(row.reason, 100)}"
+        line = f"{shortened(row.id)}: {shortened(row.reason, 80)}"
         if lines and sum(len(shown) + 3 for shown in [*lines, line]) > _LIST_LENGTH:
             break
         lines.append(line)
