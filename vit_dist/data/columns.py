@@ -36,7 +36,7 @@ _LIKELY_IMAGE_NAMES = frozenset([
     "image_id", "image_name", "image_file", "image_filename", "image_file_name", "img_id", "img_name", "img_path",
     "img_file", "imagename", "imagepath", "imageid", "filenames", "files", "file_path", "filepaths", "file_names",
     "fname", "fpath", "full_path", "rel_path", "relative_path", "photo_id", "picture_id", "photo_path", "image_bytes",
-    "image_base64", "base64", "image_url", "img_url", "url", "id", "id_code", "isic_id",
+    "images", "imgs", "image_base64", "base64", "image_url", "img_url", "url", "id", "id_code", "isic_id",
 ])
 _LIKELY_LABEL_NAMES = frozenset([
     "category", "species", "breed", "class_name", "class_label", "classname", "class_id", "class_index", "classid",

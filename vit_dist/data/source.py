@@ -80,6 +80,8 @@ def find(data: str) -> Path | None:
         return None
     if not data or not os.path.exists(path):
         raise UserError(no_such_data(data, path))
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"--data {shortened(data, 200)}: neither a regular file nor a folder")
     if path.is_file() and extension(path.name) in _SPREADSHEETS:
         raise UserError(f"--data {shortened(data, 200)}: save the spreadsheet as CSV UTF-8 and pass that file")
     if path.is_file() and extension(path.name) not in (*TABLE_EXTENSIONS, "txt"):

@@ -39,6 +39,7 @@ _BYTE_ORDER_MARKS = (  # UTF-32 begins like UTF-16
 _DELIMITERS = (",", ";", "\t", "|", " ")  # in this order where several divide all rows alike
 _DELIMITER_NAMES = {";": "semicolon", "\t": "tab", "|": "vertical bar", " ": "space"}
 _SAMPLE_ROWS = 50
+_MOST_COLUMNS = 50  # of a table of images; a longer row of numbers is an image
 _SAMPLE_CHARACTERS = 1 << 22
 _BLOCK_BYTES = 1 << 24
 _BLOCK_ROWS = 4096
@@ -166,13 +167,15 @@ def _format(path: Path, encoding: str, column_names: Sequence[str]) -> TextForma
     skipped, separator = 0, re.match(r"sep=(.)\r?\n", text)  # Excel's own hint
     if separator:
         skipped, text = 1, text[separator.end() :]
+    while _suffix(path) == "txt" and text.startswith("#"):
+        skipped, text = skipped + 1, text.partition("\n")[2]
     delimiters = [separator[1]] if separator else list(_DELIMITERS)
     if _suffix(path) in ("tsv", "txt"):
         delimiters.sort(key=lambda delimiter: delimiter != "\t")
     samples = {delimiter: _sample(text, delimiter, is_whole) for delimiter in delimiters}
     delimiter = _delimiter(samples, text, path, column_names)
     if delimiter is None:
-        return TextFormat(encoding, None, 0, ["image", "label"], False)
+        return TextFormat(encoding, None, skipped, ["image", "label"], False)
     sample = samples[delimiter]
     if not sample.rows:
         raise UserError(f"{path}: no rows")
@@ -239,11 +242,19 @@ def _delimiter(samples: dict[str, _Sample], text: str, path: Path, column_names:
     for delimiter in even:
         if delimiter != " " and sum(map(_is_path, samples[delimiter].rows[0])) == 1:
             return delimiter
+    if " " in even and _has_plain_columns(samples[" "].rows):
+        return " "
     lines = pa.array([line for line in text.splitlines() if line.strip()][:_SAMPLE_ROWS], pa.string())
     if len(lines) and " " in samples and pc.extract_regex(lines, _PATH_THEN_LABEL).null_count == 0:
         return None
     usual = "\t" if _suffix(path) == "tsv" else ","
     return even[0] if even else usual if usual in samples else next(iter(samples))
+
+
+def _has_plain_columns(rows: list[list[str]]) -> bool:
+    """Whether some column beyond the second holds numbers or splits: then labels are single words."""
+    further = list(zip(*rows, strict=True))[2:]
+    return any(all(field.isdigit() or role_of(field) for field in column) for column in further)
 
 
 def _is_path(field: str) -> bool:
@@ -281,9 +292,13 @@ def _quoted(text: str, longest: int = 80) -> str:
 
 def _header(row: Sequence[str], path: Path) -> list[str]:
     names = [field.strip() or f"column {position}" for position, field in enumerate(row, 1)]
+    advice = "add a first line with the names of the columns, such as image,label"
+    if all(re.fullmatch(r"-?[\d.]+", name) for name in names):
+        pixels = ", and pixel values are not read" if len(names) > _MOST_COLUMNS else ""
+        raise UserError(f"{path}: the first line holds numbers instead of names of columns: {advice}{pixels}")
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{path}: two columns are called {_quoted(name)}: rename one in the first line")
+            raise UserError(f"{path}: two columns are called {_quoted(name)}: rename one, or {advice}")
     return names
 
 
@@ -351,7 +366,8 @@ def _without_blank_rows(table: pa.Table) -> pa.Table:
 
 def _read_list(path: Path, form: TextFormat, num_rows: int | None) -> pa.Table:
     with open(path, encoding=form.encoding) as file:
-        lines = pa.array([line.rstrip("\n") for line in itertools.islice(file, num_rows) if line.strip()], pa.string())
+        rest = (line.rstrip("\n") for line in itertools.islice(file, form.header_lines, None) if line.strip())
+        lines = pa.array(list(itertools.islice(rest, num_rows)), pa.string())
     rows = pc.extract_regex(lines, _PATH_THEN_LABEL)
     if rows.null_count:
         number = pc.index(pc.is_null(rows), True).as_py()
@@ -382,6 +398,10 @@ def json_records(path: Path, num_rows: int | None) -> list[dict[str, Any]]:
         raise ValueError("JSON nested too deeply") from None
     if not all(isinstance(record, dict) for record in records):
         raise ValueError("not JSON objects, one a line, nor a list of them")
+    if len(records) == 1 and len(records[0]) > 1 and all(map(_is_path, records[0])):
+        raise ValueError(
+            'one object of paths and labels: write a list of objects such as {"image": PATH, "label": NAME}'
+        )
     return records
 
 
