@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,20 @@ def test_a_spreadsheet_is_to_be_saved_as_csv(folder: Path) -> None:
         assert "save the spreadsheet as CSV" in refusal(folder / f"t.{suffix}")
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"PK\3\4 a workbook", "a spreadsheet or archive"),
+        (b"\x1f\x8b compressed", "unpack it first"),
+    ],
+)
+def test_files_of_another_format_are_named(folder: Path, start: bytes, message: str) -> None:
+    (folder / "t.csv").write_bytes(start)
+    assert message in refusal(folder / "t.csv")
+
+
 def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "t.csv")
     assert "regular file" in refusal(folder / "t.csv")
@@ -287,6 +302,7 @@ def test_a_column_of_true_and_false_divides_the_rows(
         ("is_test", ["1"] * 3, "no rows are for training"),
         ("is_valid", ["1", "1", "0"], "--split_column_name is_valid"),
         ("dataset", ["train", "extra", "extra"], "extra is not known"),
+        ("test", ["0", "0", "1"], "--split_column_name test"),
     ],
 )
 def test_splits_of_unknown_meaning_are_refused(folder: Path, name: str, values: list[str], message: str) -> None:
@@ -333,6 +349,7 @@ def test_columns_that_are_no_splits_are_left_alone(folder: Path) -> None:
         ([f"{n % 3}.0" for n in range(24)], {"0", "1", "2"}),
         ([n % 2 == 0 for n in range(24)], {"True", "False"}),
         ([("cat ", " cat", "dog")[n % 3] for n in range(24)], {"cat", "dog"}),
+        ([("animal|cat", "animal|dog")[n % 2] for n in range(24)], {"animal|cat", "animal|dog"}),
         ([('"crane, bird"', '"crane, machine"')[n % 2] for n in range(24)], {"crane, bird", "crane, machine"}),
     ],
 )
@@ -440,6 +457,15 @@ def test_paths_of_another_machine_need_an_image_root_that_is_proposed(folder: Pa
 def test_paths_as_file_urls_are_read(folder: Path) -> None:
     lines = [line if number == 0 else f"file://{folder}/{line}" for number, line in enumerate(rows())]
     assert found(load(write(folder / "t.csv", lines))) == EXPECTED
+
+
+def test_names_in_another_normal_form_are_found(folder: Path) -> None:
+    for number, form in enumerate(("NFC", "NFD")):
+        sub = unicodedata.normalize(form, "é")
+        images(folder / str(number) / sub)
+        other = unicodedata.normalize(("NFD", "NFC")[number], "é")
+        path = write(folder / str(number) / "t.csv", [line.replace("img/", other + "/") for line in rows()])
+        assert found(load(path)) == EXPECTED
 
 
 def test_missing_files_are_named_unless_they_may_be_skipped(folder: Path) -> None:

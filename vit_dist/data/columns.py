@@ -101,7 +101,8 @@ def image_column(features: Any, override: str | None, where: str) -> str:
         ]
         candidates = next((names for names in tiers if names), [])
         candidates = [name for name in candidates if _is_known(name, _IMAGE_NAMES)] or candidates
-        if len(candidates) != 1 and (reason := _pixel_columns(features)):
+        is_sure = len(candidates) == 1 and not is_guess(candidates[0], features[candidates[0]])
+        if not is_sure and (reason := _pixel_columns(features)):
             raise UserError(f"{where}: {reason}")
         return _the_one("image", candidates, features, where)
     return _named("image", override, features, where)

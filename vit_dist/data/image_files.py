@@ -203,6 +203,8 @@ class _Reading:
     base: Path
     trim: bool = False  # remove spaces around it
     unquote: bool = False  # file:// links
+    home: bool = False  # ~ is the home folder
+    form: str | None = None  # Unicode normal form of the names on the disk
     slashes: bool = False  # backslashes of Windows become slashes
     skip: int = 0  # leave out this many leading folders
     suffixes: bool = False  # find the suffix in the folder
@@ -215,6 +217,10 @@ class _Reading:
             paths = pa.chunked_array([[_file_of(path) for path in paths.to_pylist()]], pa.string())
         if self.slashes:
             paths = pc.replace_substring(paths, "\\", "/")
+        if self.home:
+            paths = pc.replace_substring_regex(paths, "^~/", os.path.expanduser("~/").replace("\\", "\\\\"))
+        if self.form:
+            paths = pc.utf8_normalize(paths, form=self.form)
         if self.skip:
             paths = pc.replace_substring_regex(paths, rf"^/?(?:[^/]+/){{{self.skip}}}", "")
         root = str(self.base)
@@ -315,9 +321,12 @@ def _other_readings(plain: _Reading, sample: pa.ChunkedArray, root: Path | None)
         plain,
         trim=any(value != value.strip() for value in values),
         unquote=any(value.lower().startswith("file://") for value in values),
+        home=any(value.startswith("~/") for value in values),
         slashes=any("\\" in value for value in values),
     )
     readings = [mended] if mended != plain else []
+    if not all(value.isascii() for value in values):  # archives made on a Mac have decomposed names
+        readings += [replace(mended, form=form) for form in ("NFC", "NFD")]
     named = not all(re.search(_HAS_SUFFIX, value.strip()) for value in values)
     if named:
         readings.append(replace(mended, suffixes=True))

@@ -157,23 +157,23 @@ def _clean(values: pa.Array, name: str, where: str) -> tuple[pa.Array, list[str]
 def _several_classes(labels: list[str]) -> str | None:
     """A label that lists several classes; None if there is none.
 
-    A vertical bar separates classes if some class occurs in two labels; a comma or semicolon, which names of classes
-    have too, only if every part is a label of its own as well.
+    Parts at a comma or semicolon, which names of classes have too, are classes if each is a label of its own as well;
+    parts at a vertical bar already if one is, or is at several places (`a|b`, `b|c`; not `animal|cat`, `animal|dog`).
     """
     for label in labels:
         if re.fullmatch(r"[\[({].*['\"].*[\])}]", label.strip()):
             return label
     known = set(labels)
     for separator in "|,;":
-        lists = [label for label in labels if separator in label]
-        seen: set[str] = set(known)
-        for label in lists:
-            parts = {part.strip() for part in label.split(separator)} - {""}
-            repeated = parts & seen
-            if len(parts) > 1 and (repeated == parts if separator != "|" else repeated):
+        position_of: dict[str, int] = {}
+        for label in (label for label in labels if separator in label):
+            parts = [part.strip() for part in label.split(separator) if part.strip()]
+            alone = [part for part in parts if part in known]
+            if len(parts) > 1 and len(alone) == len(parts):
                 return label
-            if separator == "|":
-                seen |= parts
+            moved = [part for position, part in enumerate(parts) if position_of.setdefault(part, position) != position]
+            if separator == "|" and len(parts) > 1 and (alone or moved):
+                return label
     return None
 
 

@@ -36,6 +36,7 @@ _LIKELY_SPLIT_COLUMNS = frozenset([
 _IS_ROLE = re.compile(r"(is|in|for|use_for)_?(.+)")
 _TRUE, _FALSE = ("1", "true", "t", "yes", "y", "1.0"), ("0", "false", "f", "no", "n", "0.0")
 _MOST_VALUES = 20  # more distinct values are no splits
+_NUM_PEEKED = 1000  # rows: most columns of other things have more distinct values among these already
 _MOST_SHOWN = 10
 
 
@@ -100,6 +101,11 @@ def find_split_column(
         )
     if names:
         return _by_values(table, names[0], values, where)
+    if chosen is None and values is not None and len(flags) == 1 and _IS_ROLE.fullmatch(_normal(flags[0])) is None:
+        raise UserError(
+            f"{where}: column {flags[0]} may say which rows are for {_flag_role(flags[0])}: pass --split_column_name "
+            f"{flags[0]}, or --split_column_name none to use all rows alike"
+        )
     return _by_flags(table, flags, values, where, asked=chosen is not None) if flags else None
 
 
@@ -110,7 +116,7 @@ def _normal(name: str) -> str:
 def _texts(table: datasets.Dataset, name: str) -> list[str | None] | None:
     """The distinct values of a column as text, sorted; None if it has too many or is of another type."""
     column = table.data.column(name)
-    if not _is_scalar(column.type):
+    if not _is_scalar(column.type) or len(pc.unique(column.slice(0, _NUM_PEEKED))) > _MOST_VALUES:
         return None
     values = pc.unique(column)
     if len(values) > _MOST_VALUES:

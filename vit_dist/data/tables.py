@@ -118,6 +118,8 @@ def read_rows(files: Sequence[str], root: Path, cache_dir: str | None, names: Se
         raise UserError(f"{root}: files of different kinds for one split: {shown}; pass one of them with --data")
     readers = {"parquet": _read_parquet, "tar": _read_shards}
     kind = kinds.pop()
+    for file in files:
+        _refuse_another_format(root / file)
     try:
         rows = readers[kind](files, root, cache_dir) if kind in readers else _read_text(files, root, names)
     except UserError:
@@ -129,6 +131,25 @@ def read_rows(files: Sequence[str], root: Path, cache_dir: str | None, names: Se
     if len(rows.table) == 0:
         raise UserError(f"{_few(files, root)}: no rows")
     return rows
+
+
+def _refuse_another_format(path: Path) -> None:
+    """Raise `UserError` if a file's first bytes are those of another format than its name says."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer instead of the file: run git lfs pull")
+    if text.startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path}: a web page, not a table: download the file itself")
+    if extension(path.name) in ("csv", "tsv", "txt", *_JSON):
+        if start.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
+            raise UserError(f"{path}: a spreadsheet or archive with the name of a text file: save it as CSV UTF-8")
+        if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            raise UserError(f"{path}: a compressed file: unpack it first")
 
 
 def _few(files: Sequence[str], root: Path) -> str:
