@@ -113,9 +113,11 @@ GOLDEN = {  # the beginnings of the table's fingerprint and of the hash of the r
 # How a table is written
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", " "])
-@pytest.mark.parametrize("header", ["image,label", None, "label,image"])
+@pytest.mark.parametrize(
+    ("delimiter", "header", "end"),
+    [(delimiter, header, "\n") for delimiter in ",;\t| " for header in ("image,label", None, "label,image")]
+    + [(",", "image,label", "\r\n"), (";", None, "\r\n"), (",", "image,label", "\r")],
+)
 def test_any_usual_delimiter_line_end_and_header_is_read(
     folder: Path, delimiter: str, end: str, header: str | None
 ) -> None:
@@ -259,9 +261,10 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
 # Splits
 
 
-@pytest.mark.parametrize("name", ["split", "Set", "subset", "partition", "Usage", "phase", "data set", "anything"])
 @pytest.mark.parametrize(
-    "values", [("train", "val", "test"), ("Training", "VALIDATION", "Testing"), ("train_set", "dev", "tst")]
+    ("name", "values"),
+    [(name, ("train", "val", "test")) for name in ("split", "Set", "subset", "Usage", "phase", "data set", "anything")]
+    + [("partition", ("Training", "VALIDATION", "Testing")), ("split", ("train_set", "dev", "tst"))],
 )
 def test_a_column_of_splits_divides_the_rows(folder: Path, name: str, values: tuple[str, ...]) -> None:
     splits = [values[number // 8] for number in range(24)]
@@ -273,15 +276,14 @@ def test_a_column_of_splits_divides_the_rows(folder: Path, name: str, values: tu
 
 
 @pytest.mark.parametrize(
-    ("name", "is_true", "roles"),
+    ("name", "is_true", "roles", "words"),
     [
-        ("is_test", range(16, 24), ("train", "test")),
-        ("is_train", range(16), ("train", "test")),
-        ("is_valid", range(16, 24), ("train", "validation")),
-        ("IsTrainingImage", range(16), ("train", "test")),
+        ("is_test", range(16, 24), ("train", "test"), ("0", "1")),
+        ("is_train", range(16), ("train", "test"), ("False", "True")),
+        ("is_valid", range(16, 24), ("train", "validation"), ("no", "yes")),
+        ("IsTrainingImage", range(16), ("train", "test"), ("0", "1")),
     ],
 )
-@pytest.mark.parametrize("words", [("0", "1"), ("False", "True"), ("no", "yes")])
 def test_a_column_of_true_and_false_divides_the_rows(
     folder: Path, name: str, is_true: range, roles: tuple[str, str], words: tuple[str, str]
 ) -> None:

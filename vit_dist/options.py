@@ -21,13 +21,14 @@ class DataOptions:
     data: str = _option(
         "digits",
         "What to train on: a Hugging Face hub data set id; a folder of class folders, with or without train/, "
-        "validation/ and test/; a Parquet, CSV or JSONL file or a folder of them; WebDataset .tar shards; a folder "
-        "written by `save_to_disk`; or `digits`, 1,797 handwritten digits that come with scikit-learn.",
+        "validation/ and test/; a Parquet, CSV or JSONL file, a .txt list of paths and labels, or a folder of them "
+        "(docs/tables.md); WebDataset .tar shards; a folder written by `save_to_disk`; or "
+        "`digits`, 1,797 handwritten digits that come with scikit-learn.",
     )
     data_config: str | None = _option(None, "Configuration (subset) of a hub data set.")
     data_revision: str | None = _option(None, "Branch, tag or commit of a hub data set; the commit is recorded.")
-    image_column_name: str | None = _option(None, "Column with the images. Default: inferred from the column types.")
-    label_column_name: str | None = _option(None, "Column with the labels. Default: inferred from the column types.")
+    image_column_name: str | None = _option(None, "Column with the images. Default: found by type and name.")
+    label_column_name: str | None = _option(None, "Column with the labels. Default: found by type and name.")
     image_root: str | None = _option(
         None, "Folder that the paths of images in a table are relative to. Default: the table's folder."
     )
