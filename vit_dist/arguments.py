@@ -64,14 +64,17 @@ def build_arguments(config: Config, batch: Batch) -> TrainingArguments:
         if "logging_dir" in settings:
             settings["logging_dir"] = str(config.logging_dir)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.logging_dir)
+    # Upstream wants `save_steps` to be a multiple of `eval_steps`, so that the best model is saved. Here a new best one
+    # is always saved (`ResumableTrainer._determine_best_metric`): any two intervals will do, and upstream is not told.
+    by_steps = str(settings["eval_strategy"]) == str(settings["save_strategy"]) == "steps"
+    loads_best = settings["load_best_model_at_end"]
     try:
         with distributed.joining():
-            return TrainingArguments(**settings)
+            args = TrainingArguments(**{**settings, "load_best_model_at_end": loads_best and not by_steps})
     except (ValueError, TypeError, ImportError) as error:
-        hint = ""
-        if "round multiple" in str(error):  # with save_steps and eval_steps
-            hint = "; set both alike, or do without the best model: --load_best_model_at_end false"
-        raise UserError(f"training arguments: {' '.join(str(error).split())}{hint}") from None
+        raise UserError(f"training arguments: {' '.join(str(error).split())}") from None
+    args.load_best_model_at_end = loads_best
+    return args
 
 
 def _plateau_settings(settings: dict[str, Any]) -> dict[str, Any]:
