@@ -88,8 +88,8 @@ if [[ $strategy == single ]]; then start "$PYTHON" -m "$MODULE" "$@"; fi
 
 # All counts on the command line, where they win over the file's. --num_processes is of all nodes, unlike torchrun's.
 # --config_file always, or ~/.cache/huggingface/accelerate/default_config.yaml would decide. Port 0: a free one.
-launcher=("$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$PROCESSES"
-  --num_machines "$NNODES" --machine_rank "$NODE_RANK"
+launcher=("$PYTHON" -m vit_dist.launcher accelerate.commands.launch --config_file "$config"
+  --num_processes "$PROCESSES" --num_machines "$NNODES" --machine_rank "$NODE_RANK"
   --main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-0}")
 if ((NNODES > 1)); then launcher+=(--same_network); fi
 if ((${#flags[@]})); then launcher+=("${flags[@]}"); fi

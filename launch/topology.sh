@@ -92,6 +92,7 @@ topology() {
     "GPUs; ask for no more, or set CUDA_VISIBLE_DEVICES='' to start the processes on CPUs"
   PROCESSES=$((NNODES * NPROC_PER_NODE))
   export VIT_DIST_PROCESSES=$PROCESSES  # what the processes find is compared with it
+  export VIT_DIST_NODE_RANK=$NODE_RANK  # for vit_dist.launcher: node 0 leaves last
   if ((NODE_RANK > 0)) && [[ $MASTER_ADDR =~ ^(localhost|127\.) ]]; then
     note "MASTER_ADDR=$MASTER_ADDR is $HOSTNAME itself; if node 0 is another machine, this one will wait in vain"
   fi

@@ -22,7 +22,7 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/topology.sh"
 topology
 require torch vit_dist
 if ((PROCESSES == 1)); then start "$PYTHON" -m "$MODULE" "$@"; fi
-launcher=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE")
+launcher=("$PYTHON" -m vit_dist.launcher torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE")
 if [[ -n ${MASTER_PORT:-} ]]; then
   launcher+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
 else

@@ -374,3 +374,4 @@ def test_launch_on_two_nodes_trains_one_model(
     record = json.loads((tmp_path / "runs" / "a run" / "run.json").read_text())
     assert (record["world_size"], record["attempts"]) == (2, 1)
     assert "error" not in outputs[1] and "note: MASTER_ADDR=127.0.0.1 is" in outputs[1]
+    assert "Traceback" not in "".join(outputs), "node 0, which has the store, leaves last"

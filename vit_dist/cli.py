@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from vit_dist import __version__, environment, errors, first_look
 from vit_dist.terminal import one_line, open_standard_streams
+from vit_dist.threads import spin_briefly
 
 VERBS = {
     "train": "fine-tune a Vision Transformer; `vit-dist train --help` lists its options",
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(VERBS)}"
         sys.stderr.write(f"error: unknown verb {one_line(verb[:80])}; {hint}\n")
         return 2
+    spin_briefly()
     try:
         return _run(verb, argv[1:])
     except KeyboardInterrupt:  # while the libraries are loaded; from there on the verbs take care of it
@@ -100,8 +102,8 @@ def launch_command(argv: list[str], gpus: int, module: str = "vit_dist.train") -
     """The torchrun command for several GPUs of this machine; None for fewer than two."""
     if gpus < 2:
         return None
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    return [*launcher, "-m", module, *argv]
+    launcher = [sys.executable, "-m", "vit_dist.launcher", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(gpus), "-m", module, *argv]
 
 
 def _visible_gpus() -> int:

@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vit_dist import __version__, first_look
+from vit_dist.threads import spin_briefly
 
-if (
-    __name__ == "__main__" and (code := first_look.tell(sys.argv[1:], __version__)) is not None
-):  # the next imports take seconds
-    sys.exit(code)
+if __name__ == "__main__":  # before the next imports, which take seconds and load OpenMP
+    spin_briefly()
+    if (code := first_look.tell(sys.argv[1:], __version__)) is not None:
+        sys.exit(code)
 
 from vit_dist import bundle, console, distributed, entry, stop
 from vit_dist.batch import Batch, split_batch
