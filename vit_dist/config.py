@@ -141,6 +141,8 @@ def load_config(argv: Sequence[str]) -> Config:
     output_dir_given = bool(settings["output_dir"])
     settings["output_dir"] = settings["output_dir"] or f"runs/{name}"
     _follow_strategies(settings, given)
+    if "keep_checkpoints" not in given:
+        settings["keep_checkpoints"] = bool(given & {"save_total_limit", "save_keep_every"})
     problems += _bad_values(settings, given)
     if not problems:  # else a wrong value might be what does not go together with others
         problems += _bad_combinations(settings)
@@ -172,7 +174,20 @@ def parse_duration(key: str, text: str) -> float:
 def write_config(config: Config, path: Path) -> None:
     """Write the resolved settings as a recipe."""
     with path.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(config.resolved(), file, sort_keys=False, allow_unicode=True)
+        resolved, defaults = config.resolved(), _defaults()
+        chosen = {key: value for key, value in resolved.items() if value != defaults.get(key)}
+        rest = {key: value for key, value in resolved.items() if key not in chosen}
+        for title, settings in (("other than the defaults", chosen), ("defaults", rest)):
+            file.write(f"# {title}\n")
+            yaml.safe_dump(settings, file, sort_keys=False, allow_unicode=True)
+
+
+def _defaults() -> dict[str, Any]:
+    """What each setting is if nothing is given."""
+    parser = _parser()
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    settings = vars(parser.parse_known_args([], argparse.Namespace(**{_GIVEN: set()}))[0])
+    return {key: value.value if isinstance(value, enum.Enum) else value for key, value in settings.items()}
 
 
 # Beside a run's folder lies <name>.previous-<n>; in it, temporary files with longer names than their own.

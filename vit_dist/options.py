@@ -186,6 +186,11 @@ class RunOptions:
     save_keep_every: int | None = _option(
         None, "Besides the checkpoints of `save_total_limit`, keep each one whose step is a multiple of this."
     )
+    keep_checkpoints: bool = _option(
+        False,
+        "Keep the checkpoints of a complete run. Default: they are deleted, because best/ holds the model, unless "
+        "save_total_limit or save_keep_every is given.",
+    )
     allow_change: list[str] = field(
         default_factory=list,
         metadata={

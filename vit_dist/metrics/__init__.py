@@ -48,14 +48,15 @@ class ClassificationMetrics:
     def __call__(self, outcomes: Outcomes) -> dict[str, float]:
         """Scalars: accuracy, top5_accuracy, f1_macro, balanced_accuracy, loss, samples and the extras'.
 
-        `loss` is in nats and exact, whatever the batches were; `samples` is the number of images. With fewer than five
-        classes `top5_accuracy` is 1.
+        `loss` is in nats and exact, whatever the batches were; `samples` is the number of images. `top5_accuracy` only
+        for more than five classes: it is 1 for fewer.
         """
         ids = {"predictions": outcomes.predicted, "references": outcomes.labels}
         results: dict[str, float] = {}
         for name in ("accuracy", "f1", "balanced_accuracy"):
             results |= self._shipped[name].compute(**ids)
-        results["top5_accuracy"] = float(np.mean(outcomes.places < 5))
+        if len(self.classes) > 5:
+            results["top5_accuracy"] = float(np.mean(outcomes.places < 5))
         results["loss"] = float(np.mean(outcomes.losses))
         results["samples"] = len(outcomes.labels)
         for name in self._extra:

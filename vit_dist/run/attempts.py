@@ -46,7 +46,8 @@ FREE = {
     "output_dir", "fresh", "logging_dir", "cache_dir", "report_to", "run_name", "project", "disable_tqdm",
     "log_level", "log_level_replica", "log_on_each_node", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-    "save_total_limit", "resume_from_checkpoint", "local_rank", "ddp_timeout", "ddp_backend", "use_cpu",
+    "save_total_limit", "keep_checkpoints", "resume_from_checkpoint", "local_rank", "ddp_timeout", "ddp_backend",
+    "use_cpu",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
     "do_train", "do_eval", "do_predict", "verify_images", "eval_accumulation_steps", "deepspeed", "fsdp", "fsdp_config",
     "max_time", "hang_timeout", "save_keep_every", "measure_peak", "profile",
@@ -222,6 +223,12 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
         raise UserError(
             f"{summary}: a complete run cannot be changed; train on from it in a new one: --model {folder / 'best'} "
             "--output_dir ANOTHER"
+        )
+    asked = config.training["resume_from_checkpoint"]
+    if complete and asked and record.get("went_back_to") != Path(asked).name:
+        raise UserError(
+            f"{summary}: a complete run is not resumed; train on from its model in a new one: "
+            f"--model {folder / 'best'} --output_dir ANOTHER, or start over with --fresh"
         )
     if complete:
         attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {aside_of(folder)}"

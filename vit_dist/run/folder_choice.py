@@ -142,7 +142,8 @@ def _is_free(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     marked = any((folder / name).exists() for name in (run_folder.STATUS, run_folder.CONFIG, run_folder.RECORD))
-    begun = attempts.known_record(folder) or any(store.checkpoints(folder))
+    complete = run_folder.read_json(folder / run_folder.STATUS).get("state") == "complete"
+    begun = complete or attempts.known_record(folder) or any(store.checkpoints(folder))
     return run_folder.is_new(folder) or (marked and not begun)
 
 

@@ -23,6 +23,26 @@ from vit_dist.files import replacing
 from vit_dist.terminal import markdown, markdown_code, one_line
 
 CHECKED_IMAGES = 8
+MOST_CONFUSIONS = 3
+
+
+def confusions(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """The most frequent ones, such as "cat taken for dog: 12 of 80"; ties in class order."""
+    wrong = labels != predicted
+    pairs, counts = np.unique(labels[wrong].astype(np.int64) * len(classes) + predicted[wrong], return_counts=True)
+    of_class = np.bincount(labels, minlength=len(classes))
+    most = np.argsort(-counts, kind="stable")[:MOST_CONFUSIONS]
+    return [
+        f"{classes[pair // len(classes)]} taken for {classes[pair % len(classes)]}: {count} of "
+        f"{of_class[pair // len(classes)]}"
+        for pair, count in zip(pairs[most].tolist(), counts[most].tolist(), strict=True)
+    ]
+
+
+def closing_lines(folder: Path, split: str, confused: Sequence[str]) -> list[str]:
+    """What a person wants to know of a finished run beside its accuracy."""
+    lines = [f"most frequent confusions in {split}: {'; '.join(confused) or 'none'}"]
+    return [*lines, f"model: {folder / 'best'}", f"predictions of {split}: {folder / 'predictions.parquet'}"]
 
 
 def write_predictions(path: Path, dataset: ImageDataset, split: str, classes: list[str], logits: np.ndarray) -> None:
@@ -103,6 +123,7 @@ def write_model_card(
     base, name = config.model.model, one_line(config.output_dir.name)
     on_hub = base != "tiny" and not Path(base).exists()
     splits = [split for split in ("test", "eval") if f"{split}_accuracy" in results]
+    shown = [name for name in CARD_METRICS if f"{splits[0]}_{name}" in results] if splits else []
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -127,9 +148,9 @@ def write_model_card(
         which=f"The best of {results['train_steps']:,} steps by the validation split, step {results['best_step']:,}."
         if "best_step" in results
         else f"The model after step {results['train_steps']:,}, the last.",
-        header=" | ".join(CARD_METRICS),
-        rule="|---" * (2 + len(CARD_METRICS)) + "|",
-        numbers="\n".join(_card_row(split, results) for split in splits),
+        header=" | ".join(shown),
+        rule="|---" * (2 + len(shown)) + "|",
+        numbers="\n".join(_card_row(split, results, shown) for split in splits),
         settings="\n".join(f"| `{key}` | {markdown(str(value))} |" for key, value in settings.items()),
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
     )
@@ -153,8 +174,8 @@ def _eval_result(split: str, data: str, results: Mapping[str, Any]) -> EvalResul
     )
 
 
-def _card_row(split: str, results: Mapping[str, Any]) -> str:
-    numbers = " | ".join(f"{results[f'{split}_{name}']:.4f}" for name in CARD_METRICS)
+def _card_row(split: str, results: Mapping[str, Any], shown: Sequence[str]) -> str:
+    numbers = " | ".join(f"{results[f'{split}_{name}']:.4f}" for name in shown)
     return f"| {'validation' if split == 'eval' else split} | {results[f'{split}_samples']:,} | {numbers} |"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from vit_dist import console, stop
+from vit_dist.checkpoint import store
 from vit_dist.config import Config
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.pipeline import ImageData
@@ -77,7 +79,20 @@ def conclude(
         _tell(config, trainer, results, trackers)
     left = {"attempt": attempt.number, "step": trainer.state.global_step, "model": run_folder.BEST}
     on_main(lambda: run_folder.write_status(folder, "complete", **left))
-    console.say(run_folder.describe(folder))
+    if not config.run.keep_checkpoints:  # `best` was reloaded and compared, and status.json says that it is there
+        on_main(lambda: discard_checkpoints(folder))
+    confused = report.confusions(np.asarray(dataset.table["label"]), logits.argmax(axis=1), data.classes)
+    console.say(run_folder.describe(folder), *report.closing_lines(folder, split, confused))
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a complete run. Whatever is left after a failure does no harm."""
+    try:
+        for checkpoint in list(store.checkpoints(folder)):
+            if store.is_committed(checkpoint):
+                store.discard(checkpoint)
+    except OSError as error:
+        console.say(f"checkpoints in {folder} could not be deleted: {error.strerror}")
 
 
 def conclude_interrupted(
