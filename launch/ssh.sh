@@ -179,7 +179,7 @@ if ((result == 255)); then
 elif [[ -n $asked ]]; then
   note "stopped by SIG$asked; status.json in the run folder says what was saved, and the same command goes on"
   exit 75
-else
+elif ((result != 2)); then  # whose last line is an error that says all
   printf 'error: %s failed first, with exit code %s; the others were ended\n' "$first" "$result" >&2
 fi
 exit "$result"

@@ -228,7 +228,7 @@ def test_auto_batch_is_read_from_flag_and_recipe(tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match="--per_device_train_batch_size auto finds one"):
         load_config(["--auto_find_batch_size", "true"])
     with pytest.raises(SystemExit):
-        load_config(["--help"])
+        load_config(["--help", "all"])
     assert "as many as fit, tried out before training" in " ".join(capsys.readouterr().out.split())
 
 

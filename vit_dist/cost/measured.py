@@ -40,10 +40,16 @@ class Measured:
         if not math.isclose(self.gflop_per_image, gflop_per_image, rel_tol=1e-3):
             mine, planned = f"{self.gflop_per_image:.4g}", f"{gflop_per_image:.4g} (another model or image size)"
             raise differs("gflop_per_image", mine, planned)
-        # h100 is in "NVIDIA H100 80GB HBM3", rtx4090 in "NVIDIA GeForce RTX 4090", l4 is not in "NVIDIA L40S".
-        name = re.sub(r"(?<=\D)(?=\d)", " ?", (gpu or "").lower().partition("-")[0])
-        if not re.search(rf"\b{name}(?!\d)", self.device.lower()):
+        if not is_named(gpu, self.device):
             raise differs("device", self.device, f"--gpu {gpu}")
+
+
+def is_named(gpu: str | None, device: str) -> bool:
+    """Whether `--gpu` may mean a device: h100 "NVIDIA H100 80GB HBM3", rtx4090 "NVIDIA GeForce RTX 4090", but l4 not
+    "NVIDIA L40S". None may be any.
+    """
+    name = re.sub(r"(?<=\D)(?=\d)", " ?", (gpu or "").lower().partition("-")[0])
+    return bool(re.search(rf"\b{name}(?!\d)", device.lower()))
 
 
 def read(path: str) -> Measured:

@@ -27,14 +27,18 @@ class Machines:
     replicas: int  # of the sharded model, with hsdp
     link: float | None  # bytes per second over the slowest link of a ring through all GPUs
     node_link: float | None  # the same, within a node
+    cpu: bool = False  # the CPU of this machine, in one process
 
     @property
     def processes(self) -> int:
         return self.nodes * self.gpus
 
 
-def read_machines(asked: argparse.Namespace) -> Machines:
-    """Of the flags of `vit-dist plan`. Raises UserError."""
+def read_machines(asked: argparse.Namespace, on_cpu: bool = False) -> Machines:
+    """Of the flags of `vit-dist plan`; `on_cpu`: this machine's CPU unless they name machines. Raises UserError."""
+    named = ("gpus", "nodes", "gpu", "gpu_memory", "link", "node_link", "bench", "replicas")
+    on_cpu = on_cpu and asked.strategy in ("auto", "single") and all(getattr(asked, name) is None for name in named)
+    asked.gpus, asked.nodes = (1 if count is None else count for count in (asked.gpus, asked.nodes))
     for name in ("gpus", "nodes"):
         if getattr(asked, name) < 1:
             raise UserError(f"--{name} {getattr(asked, name)}: give at least 1")
@@ -45,6 +49,8 @@ def read_machines(asked: argparse.Namespace) -> Machines:
         raise UserError(f"--gpu_memory {memory:g}: give a number of GB above 0")
     if asked.images_per_second is not None and not 0 < asked.images_per_second < math.inf:
         raise UserError(f"--images_per_second {asked.images_per_second}: give a number above 0")
+    if on_cpu:
+        return Machines(1, 1, None, None, 1, None, None, cpu=True)
     if asked.node_link is not None and asked.nodes == 1:
         raise UserError(f"--node_link {asked.node_link}: there is one node; give --link")
     replicas, processes = asked.replicas or asked.nodes, asked.nodes * asked.gpus
@@ -63,6 +69,8 @@ def read_machines(asked: argparse.Namespace) -> Machines:
 
 
 def possible(machines: Machines) -> list[str]:
+    if machines.cpu:
+        return ["single"]
     if machines.processes == 1:
         return ["single", "zero2", "zero3_offload"]
     hsdp = ["hsdp"] if 1 < machines.replicas < machines.processes else []

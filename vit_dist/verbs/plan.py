@@ -2,6 +2,7 @@
 
 vit-dist plan configs/recipes/cifar10.yaml --gpus 8 --nodes 2 --gpu h100
 vit-dist plan --data ~/photos --gpus 4 --gpu_memory 24 --strategy zero2 --json
+vit-dist plan runs/photos                    # the run of this folder once more; the time is that of earlier runs
 vit-dist plan cifar10 --bf16 --gpus 8 --nodes 2 --gpu h100 --bench bench.json --link 40    # how well it would scale
 """
 
@@ -13,15 +14,17 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from vit_dist import bundle, console
+from vit_dist import bundle, console, distributed
 from vit_dist.batch import scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.cost import measured
 from vit_dist.errors import UserError
 from vit_dist.run import run_folder
 from vit_dist.terminal import show
+from vit_dist.verbs import earlier
 from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, read_machines
 from vit_dist.verbs.parser import Parser
 from vit_dist.verbs.plan_text import render
@@ -34,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser()
         asked, rest = parser.parse_known_args(argv)
         _seconds(asked.time_limit)
-        plan = make(load_config(rest), read_machines(asked), asked)
+        config = load_config(of_run_folder(rest))
+        plan = make(config, read_machines(asked, config.training["use_cpu"] or not _sees_gpu()), asked)
     except UserError as error:
         console.show_error(f"error: {error}")
         return 2
@@ -42,16 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if plan["fits"] is not False else 1
 
 
+def of_run_folder(argv: Sequence[str]) -> list[str]:
+    """The command line with a run folder's settings in place of the folder, if one comes first."""
+    folder = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    if folder is None or not folder.is_dir() or not (folder / run_folder.CONFIG).is_file():
+        return list(argv)
+    return [str(folder / run_folder.CONFIG), "--output_dir", str(folder), *argv[1:]]
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="vit-dist plan",
-        usage="vit-dist plan [RECIPE] [--gpus N] [--nodes N] [--gpu NAME] [--flag value ...]",
+        usage="vit-dist plan [RECIPE | RUN_FOLDER] [--gpus N] [--nodes N] [--gpu NAME] [--flag value ...]",
         description="Show what a run would do and need: batch, steps, learning rate, memory, disk, time. Nothing is "
-        "started. All other flags are those of `vit-dist train`.",
+        "started. Without GPUs here and without a flag that names some, the plan is for this machine's CPU. All other "
+        "flags are those of `vit-dist train`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs on each node (default: 1)")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    parser.add_argument("--gpus", type=int, help="GPUs on each node (default: 1)")
+    parser.add_argument("--nodes", type=int, help="nodes (default: 1)")
     parser.add_argument("--gpu", help=f"what they are, for their memory: {', '.join(GPU_MEMORY)}")
     parser.add_argument("--gpu_memory", type=float, help="memory of one GPU in GB, for a GPU that is not in the list")
     parser.add_argument(
@@ -89,7 +108,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     from vit_dist.verbs.plan_strategies import weigh
 
     bundle.check(config)
-    if config.finds_batch and machines.memory is None:
+    if config.finds_batch and machines.memory is None and not machines.cpu:
         raise UserError(
             "per_device_train_batch_size=auto: the memory of the GPUs is not known here; give --gpu or --gpu_memory, "
             "or a number of images"
@@ -110,11 +129,12 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     if bench:
         flops = count_flops(model, data.input_size)
         bench.check(precision=config.precision, gflop_per_image=flops.training / 1e9, gpu=machines.gpu)
-    images = resident_bytes(data, config.data.image_source, machines.memory)
+    source = "processor" if machines.cpu and config.data.image_source == "auto" else config.data.image_source
+    images = resident_bytes(data, source, machines.memory)
     weighed, batch = weigh(config, machines, batch, model, data.input_size, bench, asked.strategy, images)
     plan: dict[str, Any] = {
         "source": config.source,
-        "machines": {**asdict(machines), "processes": machines.processes},
+        "machines": {**asdict(machines), "processes": machines.processes, "cores": distributed.cores()},
         "data": data.description,
         "images": {name: len(one) for name, one in (("train", data.train), ("validation", data.validation))},
         "model": config.model.model,
@@ -140,7 +160,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
 def _time(
     config: Config, machines: Machines, images: int, plan: dict[str, Any], asked: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds of training, if a speed was given, predicted, or measured on GPUs by an earlier run of this folder."""
+    """Seconds of training, if a speed was given, predicted, or measured by an earlier run of the same model."""
     rate, source = asked.images_per_second, "--images_per_second"
     bench, efficiency = plan["bench"], plan["strategies"][plan["strategy"]]["efficiency"]
     if rate is None and bench and efficiency:
@@ -151,13 +171,8 @@ def _time(
             if predicted <= fed
             else f"what one trained end to end in {bench['file']}: it waited for batches"
         )
-    earlier, record = (
-        run_folder.read_json(config.output_dir / name) for name in (run_folder.RESULTS, run_folder.RECORD)
-    )
-    known = earlier.get("train_samples_per_second") and earlier.get("world_size")
-    if rate is None and known and record.get("device", "cpu") != "cpu":
-        rate = earlier["train_samples_per_second"] / earlier["world_size"] * machines.processes
-        source = f"{config.output_dir} on {earlier['world_size']} x {record['device']}, scaled to {machines.processes}"
+    if rate is None and (known := earlier.find(config, machines)):
+        rate, source = known
     limit = _seconds(asked.time_limit)
     seconds = None if not rate else images / rate
     return {"images_per_second": rate, "source": source if rate else None, "seconds": seconds, "limit": limit}

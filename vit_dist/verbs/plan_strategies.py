@@ -21,7 +21,7 @@ from vit_dist.verbs.plan_text import percent
 # The cheapest first; hsdp before fsdp2 on several nodes.
 AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
 REASONS = {
-    "single": "one GPU: nothing to share",
+    "single": "one device: nothing to share",
     "ddp": "the whole training state fits on each GPU: nothing has to be sharded",
     "zero1": "sharding the optimizer state is enough; DeepSpeed waits for all that it sends",
     "zero2": "sharding optimizer state and gradients is enough; DeepSpeed waits for all that it sends",
@@ -97,7 +97,7 @@ class _Strategy:
         """Its line of the table, and the batch as it is split for it."""
         room = None if self.machines.memory is None else int(memory.USABLE * self.machines.memory)
         share = batch.per_device * batch.accumulation
-        if self.config.finds_batch and room is not None:
+        if self.config.finds_batch and room is not None and not self.machines.cpu:
             found = search(batch.sizes, partial(self.total, share), room)
             batch = batch.split_into(found.size or 1, f"auto, by the memory model: {found.reason}")
         total = self.total(share, batch.per_device)

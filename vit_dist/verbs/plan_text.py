@@ -13,6 +13,8 @@ def render(plan: dict[str, Any]) -> list[str]:
     machines, batch, steps, rate = plan["machines"], plan["batch"], plan["steps"], plan["learning_rate"]
     where = f"{machines['nodes']} node{'s' if machines['nodes'] > 1 else ''} x {machines['gpus']} GPU"
     where += "s" if machines["gpus"] > 1 else ""
+    if machines["cpu"]:
+        where = f"the CPU of this machine, {machines['cores']} core{'s' if machines['cores'] > 1 else ''}"
     if machines["memory"]:
         where += f" of {machines['memory'] / 1e9:g} GB"
     count = plan["parameters"]
@@ -31,7 +33,8 @@ def render(plan: dict[str, Any]) -> list[str]:
     if machines["link"] and not plan["bench"] and (sent := plan["strategies"][plan["strategy"]]["traffic"]):
         wait = f"{sent / machines['link'] * 1e3:,.1f} ms at {machines['link'] / 1e9:g} GB/s, less what overlaps"
         lines.append(("", f"a step sends {sent / 1e9:.2f} GB from each GPU: {wait} with the backward"))
-    lines.append(("memory", "on one GPU, in GB; traffic in GB that a GPU sends per step"))
+    on_gpu = "on one GPU, in GB; traffic in GB that a GPU sends per step"
+    lines.append(("memory", "of the process, in GB" if machines["cpu"] else on_gpu))
     kept = any(row["images"] > 5e6 for row in plan["strategies"].values())  # fewer would be a column of 0.00
     images = ("images",) if kept else ()
     columns = ("parameters", "gradients", "optimizer", "buffers", "activations", *images, "reserve", "total", "traffic")
@@ -57,9 +60,9 @@ def render(plan: dict[str, Any]) -> list[str]:
         lines.append(("time", f"{_clock(time['seconds'])} of training at {time['images_per_second']:,.0f} images/s "
                               f"({time['source']}){judged}"))  # fmt: skip
     else:
-        lines.append(
-            ("time", "not known; give --bench and --link, --images_per_second, or plan the folder of a finished run")
-        )
+        cure = "give --images_per_second, or finish a run of this model on this machine"
+        on_gpus = "give --bench and --link, --images_per_second, or plan beside a finished run of this model"
+        lines.append(("time", f"not known; {cure if machines['cpu'] else on_gpus}"))
     lines += [("warning", line) for line in plan["warnings"]]
     return [f"{title:<9}{line}" for title, line in lines]
 
