@@ -21,7 +21,7 @@ from vit_dist.verbs.plan_text import percent
 # The cheapest first; hsdp before fsdp2 on several nodes.
 AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
 REASONS = {
-    "single": "one device: nothing to share",
+    "single": "one GPU: nothing to share",
     "ddp": "the whole training state fits on each GPU: nothing has to be sharded",
     "zero1": "sharding the optimizer state is enough; DeepSpeed waits for all that it sends",
     "zero2": "sharding optimizer state and gradients is enough; DeepSpeed waits for all that it sends",
@@ -152,7 +152,7 @@ def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, fi
     if asked != "auto":
         return asked, "asked for"
     if "single" in table and table["single"]["fits"] in (None, True):
-        return "single", "one GPU: nothing to share"
+        return "single", "one process: nothing to share" if machines.cpu else REASONS["single"]
     if machines.memory is None:
         return "ddp", "nothing has to be sharded where it fits; give --gpu or --gpu_memory to know whether it does"
     order = [name for name in AUTO if name in table]
