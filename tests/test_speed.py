@@ -244,6 +244,7 @@ def test_clock_without_reader_does_not_grow(now: list[float], monkeypatch: pytes
 def two(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speed") / "run"
     more = ["--max_steps", 14, "--logging_steps", 3, "--save_steps", 4, "--profile", 3, "--measure_peak", "true"]
+    more += ["--keep_checkpoints"]
     fork(
         "digits", "--model", checkpoint, *FEW, *more, "--per_device_train_batch_size", 4, "--output_dir", folder,
         processes=2,

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cluster
 TRAINING = (  # the model has no dropout, which differs by rank
     "digits", "--model", "vit", "--max_steps", 60, "--global_batch_size", 32, "--per_device_train_batch_size", 8,
     "--eval_strategy", "steps", "--eval_steps", 20, "--max_eval_samples", 40, "--max_predict_samples", 40,
-    "--logging_steps", 5, "--report_to", "wandb",
+    "--logging_steps", 5, "--report_to", "wandb", "--keep_checkpoints",
 )  # fmt: skip
 
 
