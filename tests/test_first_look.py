@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 import subprocess
@@ -148,3 +149,19 @@ def test_every_verb_has_a_version(verb: str, capsys: pytest.CaptureFixture[str])
 
     assert cli.main([verb, "--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_is_told_at_once_that_libraries_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert first_look.tell(["--data", "digits"], "1.0", {}) is None
+    assert sys.stderr.getvalue() == "loading libraries\n"  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert first_look.tell(["--data", "/nope"], "1.0", {"WORLD_SIZE": "2"}) is None
+    assert not sys.stderr.getvalue(), "one of a launcher's processes speaks, once it knows which"  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert first_look.tell([], "1.0", {}) is None and not sys.stderr.getvalue()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from conftest import CONFIGS
+from conftest import CONFIGS, rows
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.utils import store as store_util
 
 from vit_dist import launcher
+from vit_dist.cli import FOR_LAUNCHERS
 from vit_dist.threads import spin_briefly
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -90,3 +94,24 @@ def test_entry_points_set_the_spin_count_and_an_import_does_not(code: str, expec
     environ = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, timeout=60)
     assert done.stdout.splitlines()[-1] == expected, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_reaches_the_processes_through_the_launcher(
+    number: signal.Signals, photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    args = ["--data", photos, "--model", checkpoint, "--output_dir", tmp_path / "run", "--max_steps", 100_000,
+            "--logging_steps", 1, "--report_to", "none", "--eval_strategy", "no"]  # fmt: skip
+    command = list(map(str, [sys.executable, "-m", "vit_dist.launcher", *TORCHRUN, "-m", "vit_dist.train", *args]))
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env={**os.environ, **FOR_LAUNCHERS}, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 200
+        while not rows(tmp_path / "run") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(100) != 0
+    finally:
+        process.kill()
+    said = json.loads((tmp_path / "run/status.json").read_text())
+    assert said["state"] == "preempted" and said["by"].startswith(number.name), (tmp_path / "log").read_text()
