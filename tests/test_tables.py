@@ -304,6 +304,10 @@ def test_a_column_of_true_and_false_divides_the_rows(
         ("is_test", ["1"] * 3, "no rows are for training"),
         ("is_valid", ["1", "1", "0"], "--split_column_name is_valid"),
         ("dataset", ["train", "extra", "extra"], "extra is not known"),
+        ("my_fold", ["0", "1", "2"], "--split_column_name none"),
+        ("is_train", ["1", "0", ""], "should be true or false"),
+        ("is_train", ["yes", "other", "no"], "should be true or false"),
+        ("holdout", ["0", "0", "1"], "--split_column_name holdout"),
         ("test", ["0", "0", "1"], "--split_column_name test"),
     ],
 )
@@ -312,6 +316,11 @@ def test_splits_of_unknown_meaning_are_refused(folder: Path, name: str, values: 
     said = refusal(path)
     assert message in said and name in said
     assert found(load(path, split_column_name="none")) == EXPECTED
+
+
+def test_twenty_long_values_of_a_split_column_are_not_all_listed(folder: Path) -> None:
+    values = ["train"] * 6 + [f"{number} {'x' * 50}" for number in range(18)]
+    assert "more are not known" in refusal(write(folder / "t.csv", rows(more=values, header="image,label,split")))
 
 
 def test_options_choose_values_of_the_split_column(folder: Path) -> None:

@@ -17,16 +17,15 @@ from vit_dist.errors import UserError
 _MORE_SPELLINGS = {
     "train": ("trn", "tr", "learn", "learning"),
     "validation": ("validate", "vali", "vld", "development", "devel", "evaluation"),
-    "test": ("tst", "te"),
+    "test": ("tst", "te", "holdout", "heldout", "hold_out", "held_out"),
 }
 _ROLE_OF = {word: role for role in ROLES for word in (*SPLIT_NAMES[role], *_MORE_SPELLINGS[role])}
 _ADDED_WORD = re.compile(r"[ _-]*(?:set|data|dataset|split|subset|images?|imgs?|samples?|partition)$")
 # fmt: off
 _SPLIT_COLUMNS = frozenset([
-    "split", "splits", "data_split", "dataset_split", "split_name", "split_type", "set", "set_name", "sets", "subset",
-    "partition", "fold", "folds", "kfold", "k_fold", "cv_fold", "train_test", "train_val_test", "train_test_split",
-    "train_val", "tvt", "usage", "split_set", "split_id",
+    "set", "sets", "set_name", "train_test", "train_val", "train_val_test", "tvt", "usage", "cv",
 ])
+_SPLIT_WORDS = frozenset(["split", "splits", "fold", "folds", "kfold", "subset", "subsets", "partition", "partitions"])
 # They count if one of their values is the name of a split.
 _LIKELY_SPLIT_COLUMNS = frozenset([
     "part", "phase", "stage", "mode", "purpose", "dataset", "data_set", "dataset_type", "dataset_name", "data_type",
@@ -93,7 +92,7 @@ def find_split_column(
         names = [
             name for name in table.column_names if name not in taken and _assigns_splits(table, name, values is None)
         ]
-        flags = [name for name in table.column_names if name not in taken and _is_flag(table, name)]
+        flags = [name for name in table.column_names if name not in taken and _is_flag(table, name, where)]
     if len(names) > 1 or (names and flags):
         raise UserError(
             f"{where}: several columns could hold the split of each row, {_listed([*names, *flags])}: name one with "
@@ -136,7 +135,13 @@ def _text(feature: object, value: object) -> str | None:
 def _is_scalar(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
+    checks = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_integer,
+        pa.types.is_boolean,
+        pa.types.is_floating,
+    )
     return any(check(kind) for check in checks)
 
 
@@ -146,7 +151,7 @@ def _assigns_splits(table: datasets.Dataset, name: str, is_split: bool) -> bool:
     if not texts:
         return False
     roles = {role_of(text) for text in texts if text is not None} - {None}
-    if usual in _SPLIT_COLUMNS:
+    if usual in _SPLIT_COLUMNS or not _SPLIT_WORDS.isdisjoint(usual.split("_")):
         return bool(roles) or (len(texts) > 1 and not is_split)
     if usual in _LIKELY_SPLIT_COLUMNS:
         return bool(roles)
@@ -169,12 +174,19 @@ def _truth(table: datasets.Dataset, name: str) -> dict[str | None, bool] | None:
     return truth if all(text and text.strip().lower() in (*_TRUE, *_FALSE) for text in texts) else None
 
 
-def _is_flag(table: datasets.Dataset, name: str) -> bool:
+def _is_flag(table: datasets.Dataset, name: str, where: str) -> bool:
     role = _flag_role(name)
     if role is None:
         return False
     truth = _truth(table, name)
     if truth is None:
+        texts = _texts(table, name)
+        if texts is not None and len(texts) > 1 and _normal(name).startswith("is_"):
+            shown = _listed([text or "(empty)" for text in texts])
+            raise UserError(
+                f"{where}: column {name} should be true or false for each row, but has {shown}: correct it, or pass "
+                "--split_column_name none to use all rows alike"
+            )
         return False
     return len(truth) == 2 or next(iter(truth.values())) != (role == "train")
 
@@ -270,5 +282,7 @@ def _by_flags(
 
 def _listed(names: list[str]) -> str:
     shown = [name if len(name) <= 30 else name[:27] + "..." for name in names[:_MOST_SHOWN]]
+    while len(shown) > 1 and len(", ".join(shown)) > 120:
+        shown.pop()
     left = len(names) - len(shown)
     return ", ".join(shown) + (f" and {left:,} more" if left else "")
