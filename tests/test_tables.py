@@ -465,6 +465,11 @@ def test_paths_of_another_machine_need_an_image_root_that_is_proposed(folder: Pa
     assert found(load(path, image_root=str(folder))) == EXPECTED
 
 
+def test_files_with_another_suffix_are_named(folder: Path) -> None:
+    said = refusal(write(folder / "t.csv", [line.replace(".png", ".jpg") for line in rows()]))
+    assert "0.png is there: correct the suffixes" in said
+
+
 def test_paths_as_file_urls_are_read(folder: Path) -> None:
     lines = [line if number == 0 else f"file://{folder}/{line}" for number, line in enumerate(rows())]
     assert found(load(write(folder / "t.csv", lines))) == EXPECTED

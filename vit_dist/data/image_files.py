@@ -123,10 +123,13 @@ def _parts(images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
 
 
 def _stored(data: pa.ChunkedArray, paths: pa.ChunkedArray, missing: pa.ChunkedArray) -> pa.ChunkedArray:
-    fields = [data.combine_chunks(), paths.combine_chunks()]
-    mask = missing.combine_chunks()
-    array = pa.StructArray.from_arrays([_array(field) for field in fields], ["bytes", "path"], mask=_array(mask))
-    return pa.chunked_array([array], _STORED)
+    # Batch by batch: in one piece the paths of some ten million images exceed the 2 GiB of an Arrow string array.
+    parts = pa.table([data, paths, missing], names=["bytes", "path", "missing"])
+    chunks = [
+        pa.StructArray.from_arrays(batch.columns[:2], ["bytes", "path"], mask=batch.column(2))
+        for batch in parts.to_batches()
+    ]
+    return pa.chunked_array(chunks, _STORED)
 
 
 def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -377,11 +380,20 @@ def _none_found(sample: pa.ChunkedArray, num_rows: int, base: Path, origin: Orig
     else:
         message += f": paths such as {_short(first, 60)} are relative to {base}"
     places = _search(first, base if origin.image_root is None else origin.folders[0])
+    if not places and (other := _other_suffix(first, base)):
+        return f"{message}; {other} is there: correct the suffixes, or leave them out"
     if not places:
         return f"{message}. Pass --image_root with the folder that they are relative to"
     name, folder = places[0]
     also = f" (or {places[1][1]})" if len(places) > 1 else ""
     return f"{message}; {_short(name, 60)} lies in {folder}: pass --image_root {folder}{also}"
+
+
+def _other_suffix(path: str, base: Path) -> str | None:
+    """The name of a file that differs from `path` in its suffix alone."""
+    folder, name = os.path.split(os.path.join(base, path.replace("\\", "/")))
+    stem = os.path.splitext(name)[0]
+    return next((other for other in _image_names(folder) if os.path.splitext(other)[0] == stem), None)
 
 
 def _search(path: str, start: Path) -> list[tuple[str, Path]]:
