@@ -161,13 +161,15 @@ def test_fetch_killed_leaves_no_bundle_and_goes_on_with_what_it_had(
     hub.held = "datasets/lab/photos/data/test-00000-of-00001.parquet"
     arguments = command("python", 1, "fetch", *ARGS, "--bundle", folder, module="vit_dist.cli")
     process = subprocess.Popen(arguments, env={**os.environ, **hub.environment}, stdout=-3, stderr=-3)
-    assert hub.reached.wait(120)
-    busy = bring(folder, *ARGS, expect=2)
-    assert busy.stderr == f"error: another vit-dist fetch is making {folder}; wait for it\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    hub.held = ""
-    hub.released.set()
+    try:
+        assert hub.reached.wait(300)
+        busy = bring(folder, *ARGS, expect=2)
+        assert busy.stderr == f"error: another vit-dist fetch is making {folder}; wait for it\n"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        hub.held = ""
+        hub.released.set()
     assert not folder.exists()
     bring(folder, *ARGS)
     verify(folder)
