@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, ViTConfig
 
 from vit_dist.data.transforms import Transform, _random_box, load_processor
 from vit_dist.errors import UserError
@@ -72,6 +72,9 @@ def test_random_crop_of_a_panorama_takes_the_middle() -> None:
     assert _random_box(np.random.default_rng(0), 1000, 10, 0.9) == (493, 0, 506, 10)
 
 
-def test_checkpoint_without_processor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"model {tmp_path}: no image processor"):
+def test_a_folder_without_a_config_or_a_processor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"model {tmp_path}: .*no config\.json there"):
+        load_processor(ModelOptions(model=str(tmp_path)))
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"model {tmp_path}: no image processor"):
         load_processor(ModelOptions(model=str(tmp_path)))

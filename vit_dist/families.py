@@ -50,6 +50,8 @@ def load_family(options: ModelOptions, cache_dir: str | None = None) -> Family:
     where = location(options, cache_dir)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(options.model, **where)
+        if not raw:
+            raise OSError("no config.json there")
         model_type = str(raw.get("model_type", ""))
         _refuse(options.model, model_type, raw)
         if model_type in OURS:
