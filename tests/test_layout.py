@@ -105,6 +105,10 @@ READ: list[tuple[str, dict[str, str]]] = [
     ("images/a/x.jpg images/b/x.jpg masks/a/x.png masks/b/x.png", AB),
     ("images/a/x.jpg images/b/x.jpg ground_truth/x.png*2", AB),
     ("original/a/x.jpg original/b/x.jpg segmentation_masks/x.png*2", AB),
+    ("Annotations/x.mat*9 Object_Categories/a/x.jpg Object_Categories/b/x.jpg README", AB),
+    ("meta/train.txt meta/classes.json images/a/x.jpg images/b/x.jpg", AB),
+    (each("asl_train/asl_train asl_test/asl_test"), ABT),
+    (each("train test val train2/train train2/test".replace("train2", "chest")), ABVT),
     # Splits within the classes
     ("a/train/x.jpg a/test/x.jpg b/train/y.jpg b/test/y.jpg", ABT),
     ("D2/a/train/x.jpg D2/a/val/x.jpg D2/b/train/y.jpg D2/b/val/y.jpg", ABV),
@@ -159,7 +163,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     (each("train") + " test/x.jpg*4", ["D/test", "--test_split none"]),
     (each("train") + " test/unknown/x.jpg", ["unknown", "--test_split none"]),
     (each("train") + " seg_test/seg_test/x.jpg", ["seg_test", "--test_split none"]),
-    (each("train") + " val/x.jpg", ["D/val", "held out"]),
+    (each("train") + " val/x.jpg", ["D/val", "held out", "--data"]),
     ("images/x.jpg*4 masks/x.png*4", ["images, masks", "--class_folders top"]),
     ("images_001/x.jpg images_002/x.jpg", ["images_001, images_002", "--class_folders top"]),
     ("images_001/images/x.jpg images_002/images/y.jpg", ["images_001", "--class_folders top"]),
@@ -167,6 +171,16 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("fold1/x.jpg fold2/x.jpg", ["fold1, fold2", "--class_folders top"]),
     ("224px/x.jpg 512px/x.jpg", ["224px, 512px", "--class_folders top"]),
     ("original/x.jpg augmented/x.jpg", ["augmented, original", "--class_folders top"]),
+    ("images/x.jpg*9 annotations/trimaps/x.png*9", ["annotations, images"]),
+    # Copies
+    ("a/x.jpg b/x.jpg Plants/a/x.jpg Plants/b/x.jpg", ["D/Plants", "a copy?", "--data D/Plants"]),
+    (
+        each("casting/casting/train casting/casting/test") + " casting_512x512/a/x.jpg casting_512x512/b/x.jpg",
+        ["casting/"],
+    ),
+    (each("flowers flowers_small"), ["flowers_small", "--data D/flowers"]),
+    (each("fold1/train fold1/val fold2/train fold2/val"), ["2 data sets", "--data D/fold1"]),
+    ("train/a/images/x.jpg train/b/images/x.jpg val/images/x.jpg", ["D/val", "only images"]),
     # Splits or classes
     ("train/x.jpg test/x.jpg sample/x.jpg", ["--train_split train", "--class_folders top"]),
     ("train/steam/x.jpg train/diesel/x.jpg car/x.jpg plane/x.jpg", ["--train_split train", "--class_folders top"]),

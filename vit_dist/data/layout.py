@@ -16,6 +16,7 @@ from vit_dist.data.columns import ROLES, SPLIT_NAMES
 from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.split_words import (
     are_numbered_parts,
+    has_variant_word,
     is_aside,
     is_container,
     is_mask,
@@ -175,6 +176,7 @@ class _Reader:
         bases = self._unwrap_splits(splits)
         for role, folder in bases.items():
             self._refuse_loose_images(folder, role)
+            self._refuse_copies(folder)
             self._check_empty_classes(folder, role)
         mapping = self._map_classes(bases)
         self._refuse_foreign_split(mapping, bases)
@@ -211,14 +213,15 @@ class _Reader:
         if inner is None or inner.images or split_words([inner.name]):
             return None
         beside = [child for child in folder.children.values() if child is not inner]
-        if not is_container(inner.name) and any(_forgotten(child.all_others()) for child in beside):
+        lost = [child for child in beside if _forgotten(child.all_others()) and not _is_extra(child.name)]
+        if lost and not is_container(inner.name):
             return None  # that may be a class whose images are not read
         self.unused += [child.path for child in beside if child.total]
         return inner
 
     def _beside_masks(self, folder: _Folder, filled: Mapping[str, _Folder]) -> _Folder | None:
         """`images` beside `masks`, `data` beside `docs`."""
-        data = [child for name, child in filled.items() if not is_mask(name) and not is_aside(name)]
+        data = [child for name, child in filled.items() if not _is_extra(name)]
         if self.class_folders or len(data) != 1:
             return None
         if is_container(data[0].name) or is_variant(data[0].name):
@@ -351,8 +354,8 @@ class _Reader:
 
     def _splits_below(self, base: _Folder) -> dict[str, dict[str, str]] | None:
         """`bottle/train`, `bottle/test`: splits within class folders."""
-        classes = {name: child for name, child in base.filled.items() if not child.images}
-        inner = {name: self._inner_splits(child) for name, child in classes.items()}
+        within = {name: self._innermost(child) for name, child in base.filled.items() if not child.images}
+        inner = {name: self._inner_splits(child) for name, child in within.items()}
         found = {name: names for name, names in inner.items() if names}
         if not found or (self.class_folders and not self.named):
             return None
@@ -361,7 +364,7 @@ class _Reader:
         self._check_empty_classes(base, "train")
         self._note_loose_images(base)
         first, names = next(iter(found.items()))
-        deep = any(base.children[name].children[part].nested for name, parts in found.items() for part in parts)
+        deep = any(within[name].children[part].nested for name, parts in found.items() for part in parts)
         if len(found) == 1 and len(base.filled) > 1 and deep:
             raise UserError(
                 f"{self._where(base)}: {shortened(first)}/ holds splits ({listed(sorted(names), room=60)}), the "
@@ -387,9 +390,18 @@ class _Reader:
         dropped = sorted(set(names) - set(roles.values()))
         self.unused += [f"CLASS/{name}" for name in dropped]
         return {
-            role: {leaf.path: name for name in found for leaf in base.children[name].children[part].leaves()}
+            role: {leaf.path: name for name in found for leaf in within[name].children[part].leaves()}
             for role, part in roles.items()
         }
+
+    def _innermost(self, folder: _Folder) -> _Folder:
+        """The folder within wrappers."""
+        while len(folder.filled) == 1 and not folder.images:
+            (inner,) = folder.filled.values()
+            if inner.images or split_words([inner.name]):
+                break
+            folder = inner
+        return folder
 
     def _inner_splits(self, folder: _Folder) -> dict[str, str]:
         """Roles of the folders in a class folder, if all of them are splits and there is one to train on."""
@@ -411,7 +423,8 @@ class _Reader:
         names = list(filled)
         flat = all(not child.nested for child in filled.values())
         plain = [name for name in names if not is_mask(name)]
-        if flat and plain and len(plain) < len(names) and all(map(is_container, plain)):
+        direct = [name for name in plain if filled[name].images]
+        if direct and len(plain) < len(names) and all(map(is_container, plain)):
             raise self._no_classes(base, f"{listed(names, room=100)} are images and masks or labels of them")
         if are_numbered_parts(names) or (flat and (all(map(is_resolution, names)) or _is_augmented(names))):
             why = f"{listed(names, room=100)} are names of parts or variants of a data set"
@@ -420,8 +433,9 @@ class _Reader:
         same = _common_leaves(filled)
         if not same:
             return
-        variants = [name for name in names if is_variant(name) or is_mask(name) or is_container(name)]
-        if len(variants) > 1 or self._same_files(filled, same):
+        if any(has_variant_word(name) or is_mask(name) or is_container(name) for name in names) or self._same_files(
+            filled, same
+        ):
             raise self._several_variants(base, names, same)
 
     def _no_classes(self, base: _Folder, why: str) -> UserError:
@@ -480,12 +494,24 @@ class _Reader:
         if role == "test":
             advice += ", or pass --test_split none"
         elif role == "validation":
-            advice += ", or move the folder out of the data: then a part of train is held out"
+            advice += f", or read train alone, of which a part is held out: --data {shortened(self.root, 80)}/TRAIN"
         lie = "image lies" if folder.images == 1 else "images lie"
         raise UserError(
             f"{self._where(folder)}: {folder.images:,} {lie} directly in it, in no class folder"
             f"{self._example(folder)}: {advice}"
         )
+
+    def _refuse_copies(self, folder: _Folder) -> None:
+        """Raise if a folder among the classes holds the same classes again."""
+        filled = folder.filled
+        for name, child in filled.items():
+            inner = child.filled.keys() - {name}
+            if not self.class_folders and inner and len(filled) > 1 and 2 * len(inner & filled.keys()) >= len(inner):
+                raise UserError(
+                    f"{self._where(child)} holds folders of the same names as those beside it "
+                    f"({listed(sorted(inner & filled.keys()), room=80)}): a copy? Move it elsewhere, read it alone "
+                    f"with {self._data(child)}, or pass --class_folders top if it is a class"
+                )
 
     def _example(self, folder: _Folder) -> str:
         names = sorted(self.file_names(folder.path))
@@ -498,7 +524,7 @@ class _Reader:
             if child.total:
                 continue
             others = child.all_others()
-            if _forgotten(others):
+            if _forgotten(others) and not _is_extra(name):
                 raise UserError(
                     f"{self._where(child)} holds no image of a format that is read, only {counted(others)}, and would "
                     "be no class: convert the files to JPEG or PNG, or move the folder out of the data"
@@ -572,11 +598,16 @@ class _Reader:
             names = sorted(set(classes.values()))
             if known & {same_name(name) for name in names}:
                 continue
-            advice = "; if it is not labelled pass --test_split none" if role == "test" else ""
+            advice = "; if it is not labelled pass --test_split none" if role == "test" else "; or read train alone"
             raise UserError(
                 f"{self._where(bases[role])}: {role} has no class of train ({listed(sorted(known), room=80)}), only "
                 f"{listed(names, room=80)}: give both the same class folders{advice}"
             )
+
+
+def _is_extra(name: str) -> bool:
+    """Whether a folder of this name holds what belongs to images, and none to classify."""
+    return is_mask(name) or is_aside(name)
 
 
 def _s(count: int) -> str:

@@ -45,6 +45,7 @@ _PARTS = frozenset([
     "images", "img", "imgs", "pics", "photos", "pictures",
 ])  # fmt: skip
 _RESOLUTION = re.compile(r"(\D{0,12}[-_ ])?\d{2,4}(px|p|x\d{2,4}(px)?)|(size|res|resolution|px)[-_ ]?\d{2,4}")
+_SIZE = re.compile(r"\d{2,4}x\d{2,4}|\d{2,4}px")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ def is_variant(name: str) -> bool:
     words = [word for word in _words(name) if word not in _NEUTRAL_WORDS]
     numbered = words[-1:] in (["v"], ["version"], ["part"], ["fold"]) and name[-1:].isdigit()
     return numbered or is_resolution(name) or (bool(words) and all(word in _VARIANTS for word in words))
+
+
+def has_variant_word(name: str) -> bool:
+    """Whether a part of the name tells variants: `flowers_small`, `casting_512x512`."""
+    return is_variant(name) or any(word in _VARIANTS for word in _words(name)) or _SIZE.search(name.lower()) is not None
 
 
 def _words(name: str) -> list[str]:
