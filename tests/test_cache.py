@@ -208,6 +208,17 @@ def test_cache_damaged_is_built_anew(camera: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("damage", ["emptied", "flipped"])
+def test_cache_with_damaged_index_is_built_anew(camera: Path, tmp_path: Path, damage: str) -> None:
+    data = data_of(camera, tmp_path)
+    folder, before = placed(data, tmp_path).train.folder, contents(tmp_path)
+    index = bytearray((folder / "index.npy").read_bytes())
+    index[-1] ^= 1
+    (folder / "index.npy").write_bytes(b"" if damage == "emptied" else index)
+    placed(data, tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_cache_on_a_full_disk_is_one_line(camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(camera, tmp_path)
     said = f"the image cache of 61 images in {tmp_path / 'vit_dist'} takes about "
