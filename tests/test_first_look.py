@@ -136,7 +136,7 @@ def test_missing_path_is_refused_before_the_libraries_are_loaded(start: list[str
 
 @pytest.mark.parametrize(
     "argv",
-    [["--data", "beans"], ["--data", "user/set"], ["--model", "google/vit"], ["--run_name", "--data"], ["--data"],
+    [[], ["--data", "beans"], ["--data", "user/set"], ["--model", "google/vit"], ["--run_name", "--data"], ["--data"],
      ["--run_name=--data", "/nope"], ["--output_dir", "/nope/run"], ["cifar10", "--data", "digits"]],
 )  # fmt: skip
 def test_what_is_not_certain_is_left_to_the_run(argv: list[str]) -> None:

@@ -154,7 +154,7 @@ def find_recipe(recipe: str) -> Path:
 def _of_flags(argv: Sequence[str]) -> dict[str, str]:
     """Values of the flags that name paths: `--data X`, `--data=X`; the last one wins, as for argparse."""
     found = {}
-    for word, following in zip(argv, [*argv[1:], "-"], strict=True):
+    for word, following in zip(argv, [*argv, "-"][1:], strict=True):
         flag, equals, value = word.partition("=")
         key = flag[2:].replace("-", "_") if flag.startswith("--") else ""
         if key in PATHS and equals:
