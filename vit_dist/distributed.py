@@ -28,6 +28,7 @@ from vit_dist.terminal import one_line
 
 T = TypeVar("T")
 LONGEST_DECISION = timedelta(minutes=10)  # of rank 0, while the others wait for it before the process group
+LEFT_OVER = "start the processes with torchrun or accelerate, or unset RANK and WORLD_SIZE to train in one process"
 
 
 def launched_rank(environ: Mapping[str, str] = os.environ) -> int:
@@ -42,8 +43,9 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
     """
     rank, world = launched_rank(environ), launched_world_size(environ)
     if rank >= world:
-        raise UserError(f"RANK={rank} with WORLD_SIZE={world} in the environment: ranks begin at 0; unset them, or "
-                        "start all processes with torchrun or accelerate")  # fmt: skip
+        raise UserError(f"RANK={rank} with WORLD_SIZE={world} in the environment: {LEFT_OVER}")
+    if world > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR") if name not in environ]):
+        raise UserError(f"WORLD_SIZE={world} in the environment, but no {' and no '.join(missing)}: {LEFT_OVER}")
     for name in ("LOCAL_RANK", "VIT_DIST_HOSTS", "VIT_DIST_CPUS", "GPUS_PER_NODE", "TORCHELASTIC_RESTART_COUNT"):
         integer(name, 0, environ)
     for name in ("LOCAL_WORLD_SIZE", "VIT_DIST_PROCESSES"):

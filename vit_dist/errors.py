@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 from collections.abc import Sequence
 
 from vit_dist.terminal import one_line
@@ -62,7 +63,8 @@ def of_the_machine(error: BaseException | None) -> str | None:
     for _ in range(5):  # libraries raise their own from it
         if error is None:
             break
-        if isinstance(error, MemoryError):
+        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        if isinstance(error, MemoryError) or (limited and isinstance(error, SystemError)):  # extensions that forget why
             return _OUT_OF_MEMORY
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             where = f"{str(error.filename)[:200]}: " if error.filename else ""

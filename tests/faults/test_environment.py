@@ -37,7 +37,8 @@ from vit_dist.run.owner import owned
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("RANK", "abc"), ("RANK", "-1"), ("RANK", "1.5"), ("RANK", "3"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"),
+        ("RANK", "abc"), ("RANK", "-1"), ("RANK", "1.5"), ("RANK", "3"), ("WORLD_SIZE", "4"),
+        ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"),
         ("WORLD_SIZE", "9" * 40), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "0"), ("VIT_DIST_PROCESSES", "many"),
         ("VIT_DIST_HOSTS", "x"), ("VIT_DIST_CPUS", "all"), ("GPUS_PER_NODE", "gpu:2"), ("MASTER_PORT", "http"),
         ("MASTER_PORT", "70000"), ("TORCHELASTIC_RESTART_COUNT", "no"), ("VIT_DIST_JOB_ID", "../../x"),
