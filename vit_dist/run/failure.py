@@ -23,6 +23,7 @@ from vit_dist.redact import redact
 from vit_dist.run.attempts import Attempt
 from vit_dist.run.run_folder import FAILURE, environment, write_json, write_status
 
+_recorded: set[tuple[Path, int]] = set()  # failures that this process has written, by folder and attempt
 OUT_OF_MEMORY = (
     "out of memory: lower --per_device_train_batch_size or make it `auto` (with --global_batch_size the steps stay the "
     "same), try --bf16 or --activation_checkpointing, or shard the model (launch/accelerate.sh zero2 or fsdp2); "
@@ -114,8 +115,12 @@ def write(
 ) -> None:
     """status.json and failure.json of the process that failed first; never raises for a full disk.
 
-    `lost`: it is another process that failed, and this one noticed.
+    `lost`: it is another process that failed, and this one noticed. Only the first failure of an attempt counts: while
+    the watchdog records a hang, the main thread may lose a connection because of it.
     """
+    if (folder, attempt.number) in _recorded:
+        return
+    _recorded.add((folder, attempt.number))
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     facts = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
