@@ -74,7 +74,7 @@ class Job:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait(self, seconds: float = 120, others: float = 10) -> list[int]:
+    def wait(self, seconds: float = 300, others: float = 10) -> list[int]:
         """Exit codes by rank (negative: the signal). As a launcher does, ends the others when one has failed, with
         SIGTERM, and with SIGKILL `others` seconds later.
         """
@@ -92,12 +92,16 @@ class Job:
                 self.signal(signal.SIGKILL)
             if now > deadline:
                 self.signal(signal.SIGKILL)
+                self._end_launcher()
                 raise AssertionError(f"still running after {seconds} s\n{self.output}")
             time.sleep(0.01)
+        self._end_launcher()
+        return [self.codes[pid] for pid in self.pids]
+
+    def _end_launcher(self) -> None:
         if self.launcher:
             os.kill(self.launcher, signal.SIGKILL)
             os.waitpid(self.launcher, 0)
-        return [self.codes[pid] for pid in self.pids]
 
     def signal(self, number: int, rank: int | None = None) -> None:
         for pid in self.pids if rank is None else [self.pids[rank]]:
@@ -245,7 +249,7 @@ def _outcome(body: Callable[[], int | None], processes: int = 1, **env: str) -> 
         launcher, port = store_process() if processes > 1 else (None, 0)
         told = [rank_environment(rank, processes, port) if launcher else {} for rank in range(processes)]
         pids = [_fork(body, streams, {**own, **env}) for own in told]
-        codes = Job(pids, streams[0], {}, launcher).wait(300)
+        codes = Job(pids, streams[0], {}, launcher).wait()
         out, err = (stream.read_text() if stream.exists() else "" for stream in streams)
     return codes, out, err
 
