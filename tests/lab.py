@@ -37,6 +37,7 @@ HSDP = (  # what launch/accelerate.sh adds for two replicas of two shards
 def prepare() -> None:
     """Import what a run imports on its way, once for all of them; not when tests are collected."""
     for name in (
+        "vit_dist",  # first: it seals a process with a bundle before libraries read where their caches are
         "deepspeed", "wandb", "evaluate", "sklearn.metrics", "pyarrow.parquet", "torch.distributed.checkpoint",
         "vit_dist.train", "vit_dist.run.results", "vit_dist.strategy", "vit_dist.run.failure", "vit_dist.run.summary",
         "vit_dist.run.trackers", "transformers.models.vit.modeling_vit",
