@@ -453,7 +453,14 @@ def test_files_that_lie_in_several_folders_are_not_guessed(folder: Path) -> None
     said = refusal(path)
     assert "img (24), test_images (4)" in said and "--image_root" in said
     assert found(load(path, image_root=str(folder / "img"))) == EXPECTED
-    assert "several folders" in refusal(folder)
+    said = refusal(folder)  # never the classes img and test_images
+    assert "several folders" in said and "--class_folders top" in said
+
+
+def test_image_root_with_class_folders_is_refused(folder: Path) -> None:
+    for name in ("cat", "dog"):
+        images(folder / "photos" / name, count=3)
+    assert "no table that names images" in refusal(folder / "photos", image_root=str(folder))
 
 
 @pytest.mark.parametrize("prefix", ["/kaggle/input/set/", "C:\\Users\\me\\", "file:///home/someone/", "elsewhere/"])

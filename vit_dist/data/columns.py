@@ -185,11 +185,16 @@ def _named(kind: str, override: str, features: Any, where: str) -> str:
     )
 
 
+class NoLabelColumn(UserError):
+    """A table has no column that looks like labels: it may describe images without saying what they show."""
+
+
 def _the_one(kind: str, candidates: list[str], features: Any, where: str) -> str:
     if len(candidates) == 1:
         return candidates[0]
     found = f"several columns could hold the {kind}s" if candidates else f"no column looks like it holds {kind}s"
-    raise UserError(f"{where}: {found}; name one with --{kind}_column_name. Columns: {_columns(features)}")
+    refusal = NoLabelColumn if kind == "label" and not candidates else UserError
+    raise refusal(f"{where}: {found}; name one with --{kind}_column_name. Columns: {_columns(features)}")
 
 
 def _columns(features: Any) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_dist.data.columns import ROLES, common_table, image_column, is_guess
+from vit_dist.data.columns import ROLES, NoLabelColumn, common_table, image_column, is_guess
 from vit_dist.data.image_files import Origin, names_files, stored_images
 from vit_dist.data.labels import clean_labels, find_labels
 from vit_dist.data.split_column import SplitColumn, find_split_column
@@ -59,8 +59,8 @@ def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> La
         image = image_column(rows.table.features, options.image_column_name, where)
         try:
             label, chosen = find_labels(rows.table, image, options.label_column_name, where)
-        except UserError as error:
-            if role != "test" or "no column looks" not in str(error):
+        except NoLabelColumn as error:
+            if role != "test":
                 raise
             raise UserError(f"{where}: no column with labels: pass --test_split none, or add one") from error
         if image == label:

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 
 from vit_dist.data.cache import cache_folder
-from vit_dist.data.columns import common_table, split_roles, usual_role
+from vit_dist.data.columns import NoLabelColumn, common_table, split_roles, usual_role
 from vit_dist.data.folders import class_tables, folder_notes, layout_of, num_without_row
 from vit_dist.data.hub import datasets_cache, first_line, load_hub
 from vit_dist.data.image_files import Origin
@@ -123,7 +123,7 @@ def _folder(root: Path, options: DataOptions) -> Source:
         if not found or options.class_folders:
             raise
         raise UserError(f"{error}. {listed(found, 60, 2)} may label them: see --image_column_name") from None
-    return _image_folder(root, index, layout, tables)
+    return _image_folder(root, index, layout, tables, options)
 
 
 def _refuse_hidden(root: Path, index: FolderIndex) -> None:
@@ -141,11 +141,15 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: D
         layout = layout_of(root, index, options)
     try:
         source = _files(root, _by_split(tables), str(root), options)
-    except UserError:
+    except NoLabelColumn:  # it describes the images of the class folders
         if layout is None or options.image_column_name or options.label_column_name:
             raise
+    except UserError as error:
+        if layout is None:
+            raise
+        raise UserError(f"{error}; or pass --class_folders top if the folders are the classes") from None
     if source is None and layout is not None:
-        return _image_folder(root, index, layout, tables)
+        return _image_folder(root, index, layout, tables, options)
     assert source is not None
     missing, embedded = num_without_row(root, index, source.tables.values())
     total = len(index.images)
@@ -162,8 +166,13 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: D
     return source
 
 
-def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[str]) -> Source:
+def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[str], options: DataOptions) -> Source:
     _refuse_hidden(root, index)
+    if options.image_root is not None:
+        raise UserError(
+            f"--image_root {shortened(options.image_root, 150)}: {shortened(str(root), 150)} holds class folders and "
+            "no table that names images; leave --image_root out, or pass the table with --data"
+        )
     made = class_tables(root, index, layout)
     num_classes = len(layout.classes)
     notes = [f"image folder, {num_classes} class{'es' if num_classes != 1 else ''}", *folder_notes(index)]

@@ -11,16 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_dist.data.columns import ROLES, SPLIT_NAMES
+from vit_dist.data.columns import ROLES
+from vit_dist.data.split_words import split_word
 from vit_dist.errors import UserError
 
-_MORE_SPELLINGS = {
-    "train": ("trn", "tr", "learn", "learning"),
-    "validation": ("validate", "vali", "vld", "development", "devel", "evaluation"),
-    "test": ("tst", "te", "holdout", "heldout", "hold_out", "held_out"),
-}
-_ROLE_OF = {word: role for role in ROLES for word in (*SPLIT_NAMES[role], *_MORE_SPELLINGS[role])}
-_ADDED_WORD = re.compile(r"[ _-]*(?:set|data|dataset|split|subset|images?|imgs?|samples?|partition)$")
+_ABBREVIATIONS = {  # in a column only: folders of these names may be classes
+    "tr": "train", "learn": "train", "learning": "train", "vali": "validation", "vld": "validation", "te": "test",
+}  # fmt: skip
+_ADDED_WORD = re.compile(r"[ _-]*(?:subset|partition)$")
 # fmt: off
 _SPLIT_COLUMNS = frozenset([
     "set", "sets", "set_name", "train_test", "train_val", "train_val_test", "tvt", "usage", "cv",
@@ -54,8 +52,9 @@ class SplitColumn:
 
 def role_of(value: str) -> str | None:
     """The role that a value such as `Training`, `val` or `test_set` names."""
-    word = value.strip().lower()
-    return _ROLE_OF.get(word) or _ROLE_OF.get(_ADDED_WORD.sub("", word))
+    word = _ADDED_WORD.sub("", value.strip().lower())
+    found = split_word(word)
+    return found.role if found is not None and not found.rest else _ABBREVIATIONS.get(word)
 
 
 def find_split_column(
