@@ -388,7 +388,7 @@ def test_labels_become_class_names(folder: Path, labels: list[Any], classes: set
         ),
         (rows(CLASSES, [n % 3 for n in range(24)], "image,label_name,label_id"), "give different classes"),
         (rows(CLASSES, [n % 3 for n in range(24)], "image,species,breed"), "several columns could hold the labels"),
-        (rows(["cat"] * 24), "it takes two"),
+        (rows(["cat"] * 24), "at least 2 are required"),
     ],
 )
 def test_labels_that_are_not_one_class_per_image_are_refused(folder: Path, lines: list[str], message: str) -> None:

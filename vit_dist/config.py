@@ -183,7 +183,7 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """What each setting is if nothing is given."""
+    """The default of each setting."""
     parser = _parser()
     parser.set_defaults(**TRAINING_DEFAULTS)
     settings = vars(parser.parse_known_args([], argparse.Namespace(**{_GIVEN: set()}))[0])

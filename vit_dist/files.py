@@ -64,7 +64,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run keeps its files there: `status.json` says what became of it, or a process holds its lock."""
+    """Whether the folder belongs to a run: it holds a `status.json` of the right shape, or a lock."""
     status, lock = read_object(folder / "status.json"), read_object(folder / ".lock")
     return status.keys() >= {"state", "attempt", "host", "pid"} or lock.keys() >= {"host", "pid", "job", "since"}
 

@@ -48,7 +48,7 @@ def class_list(train: datasets.Dataset, names: list[str] | None) -> list[str]:
     if len(classes) < 2 or len(found) < 2:
         raise UserError(
             f"train has images of {len(found)} class{'es' if len(found) != 1 else ''}"
-            f" ({listed(_class_names(train, found)) or 'none'}): it takes two to tell apart"
+            f" ({listed(_class_names(train, found)) or 'none'}); at least 2 are required"
         )
     return classes
 

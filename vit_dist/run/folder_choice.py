@@ -111,7 +111,7 @@ def choose(config: Config, world_size: int | None, busy: Collection[Path] = ()) 
 
 
 def digest(config: Config) -> str:
-    """Of the settings that tell two runs apart."""
+    """SHA-256 of the settings that distinguish runs."""
     settings = {key: value for key, value in config.resolved().items() if key not in attempts.FREE}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
