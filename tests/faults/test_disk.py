@@ -109,12 +109,12 @@ def test_file_size_limit_is_reported_and_the_run_goes_on_without_it(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # inherited by the forked run
     try:
-        job = lab.start(folder, "--verify_images", "false")
+        job = lab.start(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert job.wait() == [2] and job.output.count("was not saved") == 1, job.output
     assert not list(store.checkpoints(folder))
-    lab.run(folder, "--verify_images", "false")
+    lab.run(folder)
     assert fingerprint(folder) == whole[1]
 
 
