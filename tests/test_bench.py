@@ -71,7 +71,7 @@ def test_bench_with_impossible_flags_is_refused_in_one_line(tmp_path: Path) -> N
         (["--steps", "x"], "see vit-dist bench --help"),
     ):
         assert said in fork(*flags, module="vit_dist.verbs.bench", expect=2).stderr
-    failed = fork(module="vit_dist.verbs.bench", expect=2, WORLD_SIZE="2", RANK="0")
+    failed = fork(module="vit_dist.verbs.bench", expect=2, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1")
     assert "error: bench measures one process" in failed.stderr
 
 
