@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 KEEPS = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from vit_dist import console
 console.keep(Path(sys.argv[1]))
 print("to stdout", flush=True)
 os.system("echo of a child >&2")
+deadline = time.monotonic() + 60
+while "child" not in Path(sys.argv[1]).read_text() and time.monotonic() < deadline:
+    time.sleep(0.01)  # the keeper has begun: from here on it ignores signals
 os.killpg(0, signal.SIGUSR1)
 """
 

@@ -333,8 +333,11 @@ def _same_setting(full: str, prefix: str = "") -> str:
 
 
 def _all_of(problems: Sequence[str], most: int = 10, length: int = 470) -> str:
-    """The first problems in one line, and how many more there are."""
-    shown = list(problems[:most])
+    """The first problems in one line, and how many more there are. Only the first one names the file."""
+    file = re.match(r"(.+?):[0-9]+: ", problems[0])
+    prefix = f"{file[1]}:" if file else None
+    later = [f"line {text[len(prefix) :]}" if prefix and text.startswith(prefix) else text for text in problems[1:most]]
+    shown = [problems[0], *later]
     while len(shown) > 1 and len("; ".join(shown)) > length:
         shown.pop()
     left = len(problems) - len(shown)
