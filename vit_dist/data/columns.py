@@ -121,7 +121,13 @@ def label_candidates(features: Any) -> list[str]:
     """The columns that may hold class labels, by type and name."""
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     named = [name for name in features if _is_known(name, _LABEL_NAMES)]
+    features = features if {"x", "y"} - {name.lower() for name in features} else _without_y(features)
     return list(dict.fromkeys([*typed, *named])) or [name for name in features if is_label_name(name)]
+
+
+def _without_y(features: Any) -> dict[str, Any]:
+    """The columns without `y`, which beside `x` is a coordinate."""
+    return {name: feature for name, feature in features.items() if name.lower() != "y"}
 
 
 def same_labels(features: Any, label: str) -> list[str]:

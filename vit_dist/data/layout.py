@@ -252,6 +252,8 @@ class _Reader:
         if not nested:
             if len(roles) > 1 and "train" in roles and len(rest) <= len(members):
                 raise self._either(base, by_name, rest)
+            if "train" not in roles and len(rest) > 1 and not self.class_folders:
+                raise self._flat_split(base, by_name, rest)
             return None  # `train` beside `car` and `plane`, each full of images
         if self._surely_splits(filled, by_name):
             return self._take(base, by_name)
@@ -275,6 +277,15 @@ class _Reader:
         return UserError(
             f"{self._where(base)}: {splits} may be splits, but {others} beside them are not: pass {take} if they are "
             "splits, or --class_folders top if every folder is a class"
+        )
+
+    def _flat_split(self, base: _Folder, by_name: Mapping[str, str], rest: list[_Folder]) -> UserError:
+        """`test`, full of images, beside `cat` and `dog`: images without labels, or a class."""
+        names = listed(sorted(by_name), room=60)
+        return UserError(
+            f"{self._where(base)}: {names} beside the class folders {listed([child.name for child in rest], room=80)} "
+            f"may hold images without labels: move {names} out of the folder, or pass --class_folders top if it is a "
+            "class"
         )
 
     def _where(self, folder: _Folder) -> str:
@@ -494,7 +505,7 @@ class _Reader:
         if role == "test":
             advice += ", or pass --test_split none"
         elif role == "validation":
-            advice += f", or read train alone, of which a part is held out: --data {shortened(self.root, 80)}/TRAIN"
+            advice += ", or pass the training folder alone with --data: a part of it is held out"
         lie = "image lies" if folder.images == 1 else "images lie"
         raise UserError(
             f"{self._where(folder)}: {folder.images:,} {lie} directly in it, in no class folder"

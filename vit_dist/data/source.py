@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 
 from vit_dist.data.cache import cache_folder
-from vit_dist.data.columns import NoLabelColumn, common_table, split_roles, usual_role
+from vit_dist.data.columns import NoLabelColumn, common_table, image_column, split_roles, usual_role
 from vit_dist.data.folders import class_tables, folder_notes, layout_of, num_without_row
 from vit_dist.data.hub import datasets_cache, first_line, load_hub
 from vit_dist.data.image_files import Origin
@@ -24,7 +24,8 @@ from vit_dist.data.layout import Layout
 from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.shards import require_labels
 from vit_dist.data.split import hold_out
-from vit_dist.data.tables import extension, has_images, numbered, read_rows, split_lists, split_of
+from vit_dist.data.table_files import group_by_split, split_side_tables, tables_that_name
+from vit_dist.data.tables import extension, has_images, numbered, read_rows, split_lists
 from vit_dist.errors import UserError
 from vit_dist.first_look import no_such_data
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from vit_dist.options import DataOptions
 
+_NAMES_COMPARED = 100_000  # images whose names are looked for in tables that are not understood
 _SPREADSHEETS = ("xlsx", "xls", "xlsm", "xlsb", "ods", "numbers")
 
 
@@ -101,12 +103,12 @@ def _kinds(extensions: frozenset[str]) -> str:
 
 def _folder(root: Path, options: DataOptions) -> Source:
     index = folder_index(root, cache_folder(options.cache_dir))
-    found = [*index.tables, *split_lists(root)]
+    found, side = split_side_tables([*index.tables, *split_lists(root)])
     if not len(index.images):
         if found:
             if extension(found[0]) == "tar" and options.label_column_name is None:
                 require_labels(root / found[0])
-            return _files(root, _by_split(found), str(root), options)
+            return _without(side, _files(root, group_by_split(found, _named_splits(options)), str(root), options))
         _refuse_hidden(root, index)
         only = f", only {counted(index.suffixes)}" if index.others else ""
         raise UserError(
@@ -116,14 +118,33 @@ def _folder(root: Path, options: DataOptions) -> Source:
     # Class folders may well hold tables about something else.
     tables = [file for file in found if has_images(root, file, options.image_column_name)]
     if tables and not options.class_folders:
-        return _beside_images(root, index, tables, options)
+        return _without(side, _beside_images(root, index, tables, options))
     try:
         layout = layout_of(root, index, options)
     except UserError as error:
         if not found or options.class_folders:
             raise
         raise UserError(f"{error}. {listed(found, 60, 2)} may label them: see --image_column_name") from None
+    if not options.class_folders:
+        _refuse_unread_tables(root, index, [file for file in found if file not in tables])
     return _image_folder(root, index, layout, tables, options)
+
+
+def _without(side: list[str], source: Source) -> Source:
+    return replace(source, description=f"{source.description}; not used: {listed(side)}") if side else source
+
+
+def _refuse_unread_tables(root: Path, index: FolderIndex, files: list[str]) -> None:
+    """Raise `UserError` for a CSV file that names images of the folder and is not understood: it may label them."""
+    names = frozenset(path.rpartition("/")[2] for path in index.images[:_NAMES_COMPARED].to_pylist())
+    for file in tables_that_name(root, files, names):
+        try:
+            rows = read_rows([file], root, None)
+            image_column(rows.table.features, None, str(root / file))
+        except UserError as error:
+            raise UserError(
+                f"{error}; it names images of this folder: correct it, or pass --class_folders top to ignore it"
+            ) from None
 
 
 def _refuse_hidden(root: Path, index: FolderIndex) -> None:
@@ -140,7 +161,7 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: D
     with contextlib.suppress(UserError):  # the folders are no classes
         layout = layout_of(root, index, options)
     try:
-        source = _files(root, _by_split(tables), str(root), options)
+        source = _files(root, group_by_split(tables, _named_splits(options)), str(root), options)
     except NoLabelColumn:  # it describes the images of the class folders
         if layout is None or options.image_column_name or options.label_column_name:
             raise
@@ -168,11 +189,12 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: D
 
 def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[str], options: DataOptions) -> Source:
     _refuse_hidden(root, index)
-    if options.image_root is not None:
-        raise UserError(
-            f"--image_root {shortened(options.image_root, 150)}: {shortened(str(root), 150)} holds class folders and "
-            "no table that names images; leave --image_root out, or pass the table with --data"
-        )
+    for flag in ("image_root", "image_column_name", "label_column_name", "split_column_name"):
+        if (value := getattr(options, flag)) not in (None, "none"):
+            raise UserError(
+                f"--{flag} {shortened(value, 100)}: {shortened(str(root), 150)} holds class folders and no table that "
+                f"names images; leave --{flag} out, or pass the table with --data"
+            )
     made = class_tables(root, index, layout)
     num_classes = len(layout.classes)
     notes = [f"image folder, {num_classes} class{'es' if num_classes != 1 else ''}", *folder_notes(index)]
@@ -180,16 +202,14 @@ def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[s
     return Source(made, None, _describe(str(root), notes, made, unused), notes=layout.notes)
 
 
-def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for file in files:
-        groups.setdefault(split_of(file), []).append(file)
-    return groups
+def _named_splits(options: DataOptions) -> frozenset[str]:
+    names = (options.train_split, options.validation_split, options.test_split)
+    return frozenset(name for name in names if name is not None)
 
 
 def _files(root: Path, splits: dict[str, list[str]], where: str, options: DataOptions) -> Source:
     """Tables in files; files without a split in their name are all there is to train on."""
-    chosen = (options.train_split, options.validation_split, options.test_split)
+    chosen = _named_splits(options)
     if not any(usual_role(name) or name in chosen for name in splits):
         splits = {"train": [file for files in splits.values() for file in files]}
     roles, refusal = _roles(list(splits), options, where)

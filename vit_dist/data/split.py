@@ -208,7 +208,9 @@ def _labels(table: datasets.Dataset, split_name: str) -> pa.ChunkedArray:
     labels = _arrow(table, ["label"])["label"]
     kind = labels.type.value_type if pa.types.is_dictionary(labels.type) else labels.type
     if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
-        raise UserError(f"{split_name}: labels are {kind}, but one class per image is needed, a name or an integer")
+        raise UserError(
+            f"{split_name}: labels are {shortened(str(kind))}, but one class per image is needed, a name or an integer"
+        )
     labels = labels.cast(kind)
     if _is_text(kind):
         labels = _composed(labels)

@@ -154,7 +154,7 @@ def _assigns_splits(table: datasets.Dataset, name: str, is_split: bool) -> bool:
         return bool(roles) or (len(texts) > 1 and not is_split)
     if usual in _LIKELY_SPLIT_COLUMNS:
         return bool(roles)
-    return len(roles) > 1 and "train" in roles
+    return len(roles) > 1
 
 
 def _flag_role(name: str) -> str | None:
