@@ -69,7 +69,7 @@ def test_run_with_random_faults_ends_with_the_same_bits(
                 continue
             before = committed(folder) if folder.exists() else []
             job = lab.start(
-                folder, "--allow_change", "restarts", "--hang_timeout", "5s", "--verify_images", "false",
+                folder, "--allow_change", "restarts", "--hang_timeout", "5s",
                 "--dataloader_num_workers", 2 if kind == "data loading process" else 0,
                 processes=processes, fault=fault,
             )  # fmt: skip
@@ -80,7 +80,7 @@ def test_run_with_random_faults_ends_with_the_same_bits(
             codes = job.wait()
             happened[kind] += any(codes) or "was not saved" in job.output
             assert max(committed(folder), default=0) >= max(before, default=0), (seed, runs, kind, job.output)
-        lab.run(folder, "--allow_change", "restarts", "--verify_images", "false", processes=processes)
+        lab.run(folder, "--allow_change", "restarts", processes=processes)
         assert fingerprint(folder) == whole[processes], (
             f"seed {seed}, run {runs}: {(folder.with_suffix('.log')).read_text()}"
         )
