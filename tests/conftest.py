@@ -160,6 +160,7 @@ def run(
     expect: int | None = 0,
     config: Path = CONFIGS / "ddp.yaml",
     launch: Sequence[object] = (),
+    timeout: int = 300,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """Start `vit_dist.train` as a user would and wait for it; fails unless it exits with `expect` (None: any)."""
@@ -168,7 +169,7 @@ def run(
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert expect is None or result.returncode == expect, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result

@@ -13,8 +13,9 @@ from vit_dist import cli
 
 @pytest.mark.launch
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_train_without_arguments_learns_the_digits(tmp_path: Path) -> None:
-    done = run("train", "--output_dir", tmp_path / "digits", module="vit_dist.cli")
+    done = run("train", "--output_dir", tmp_path / "digits", module="vit_dist.cli", timeout=900)
     found = results(tmp_path / "digits")
     assert found["test_accuracy"] >= 0.96, done.stdout
     assert (found["test_samples"], found["train_samples"] + found["eval_samples"]) == (359, 1438)
