@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -162,17 +163,17 @@ def test_sweep_table_shows_state_and_results_of_members(write: Write, capsys: py
 
 def test_sweep_member_trains_on_all_gpus_in_the_sweeps_group(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("recipe: digits\ngrid: {seed: [1, 2]}\n")
-    monkeypatch.setattr(os, "environ", dict(os.environ))
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, command: started.append([*command, os.environ["WANDB_RUN_GROUP"]]))
     monkeypatch.setattr(cli, "_visible_gpus", lambda: 2)
     monkeypatch.setattr("vit_dist.train.main", lambda argv: 0)  # execv would not have come back
-    for group in ("try", "mine"):
-        assert cli.main(["sweep", str(path), "--run", "1", "--bf16"]) == 0
-        assert started[-1][-6:] == [
-            "digits", "--seed=2", "--output_dir=runs/try/seed=2", "--run_name=seed=2", "--bf16", group,
-        ]  # fmt: skip
-        os.environ["WANDB_RUN_GROUP"] = "mine"
+    with mock.patch.dict(os.environ):  # not replaced: modules keep a reference to it
+        for group in ("try", "mine"):
+            assert cli.main(["sweep", str(path), "--run", "1", "--bf16"]) == 0
+            assert started[-1][-6:] == [
+                "digits", "--seed=2", "--output_dir=runs/try/seed=2", "--run_name=seed=2", "--bf16", group,
+            ]  # fmt: skip
+            os.environ["WANDB_RUN_GROUP"] = "mine"
 
 
 def test_sweep_member_trains_with_its_settings_and_is_listed(write: Write) -> None:
