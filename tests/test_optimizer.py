@@ -1,4 +1,4 @@
-"""What the optimizer is told: which weights decay, SGD's momentum, warm-up of schedule-free ones; and its groups."""
+"""Settings of the optimizer: which weights decay, SGD's momentum, warm-up of schedule-free ones; and its groups."""
 
 from __future__ import annotations
 

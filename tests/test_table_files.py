@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from image_fixtures import options, png
+from image_fixtures import png
+from test_tables import load, refusal
 
-from vit_dist.data.source import Source, load_source
-from vit_dist.data.split import class_list, encode_labels
+from vit_dist.data.split import class_list
 from vit_dist.data.table_files import group_by_split, split_side_tables
-from vit_dist.errors import UserError
 
 TRAIN, TEST = [f"a{number}.png" for number in range(6)], [f"b{number}.png" for number in range(4)]
 
@@ -34,19 +32,6 @@ def class_folders(root: Path, *names: str) -> None:
         (root / name).mkdir(parents=True)
         for number in range(3):
             (root / name / f"{name}_{number}.png").write_bytes(png((number, 9, 9)))
-
-
-def load(data: Path, **values: Any) -> Source:
-    return load_source(options(data, data.parent / "cache", **values))
-
-
-def refusal(data: Path, **values: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        source = load(data, **values)
-        encode_labels(source.tables["train"], class_list(source.tables["train"], source.names), "train")
-    message = str(caught.value)
-    assert len(message) < 500 and "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(

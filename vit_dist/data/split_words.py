@@ -71,7 +71,7 @@ def split_word(name: str) -> SplitWord | None:
 
 
 def split_words(names: Collection[str]) -> dict[str, str]:
-    """The role of each of some folders that lie side by side, of those that have one.
+    """The split role of each sibling folder whose name has one.
 
     `seg_train` is a split only beside `seg_test`; `test_tube` and `training_shoe` are not.
     """
