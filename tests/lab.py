@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "accelerate"
 HSDP = (  # what launch/accelerate.sh adds for two replicas of two shards
@@ -53,6 +55,24 @@ def prepare() -> None:
     # ever, and every later run would wait for it. Its monitor is a thread, which might hold the lock in a fork.
     tqdm.tqdm.monitor_interval = 0
     tqdm.tqdm.set_lock(threading.RLock())
+
+
+def still_running(family: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """The processes of these that have not ended after this time.
+
+    A process that ended stays as a zombie until its parent asks for its exit code. Where its parent ended first, that
+    is the machine's first process, and in many containers that one never asks: a zombie has ended.
+    """
+
+    def running(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in family if running(process)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
 
 
 ARGS = [

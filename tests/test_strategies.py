@@ -22,7 +22,7 @@ import psutil
 import pytest
 import torch
 from conftest import CONFIGS, command, losses, results, rows, run, write_photos
-from lab import Job, fork, launch_environment
+from lab import Job, fork, launch_environment, still_running
 from lab import Lab as Forks
 from observed_train import observe
 from safetensors.torch import load_file
@@ -320,7 +320,7 @@ def test_killed_rank_under_the_launcher_ends_the_others_within_seconds(lab: Lab,
     output = launched.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 10, output
     assert launched.returncode != 0
-    assert not psutil.wait_procs(family, timeout=1)[1], "a process was left behind"
+    assert not still_running(family, 1), "a process was left behind"
 
 
 @pytest.mark.parametrize("strategy", ("zero3", "fsdp2"))

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import command, rows
-from lab import ARGS, Lab, committed, status
+from lab import ARGS, Lab, committed, status, still_running
 
 from vit_dist import stop
 
@@ -40,7 +40,7 @@ def launched(lab: Lab, folder: Path, fault: str, *args: object) -> tuple[float, 
     begun = time.monotonic()
     family = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
     output = process.communicate(timeout=100)[0]
-    assert not psutil.wait_procs(family, timeout=1)[1], "a process was left behind"
+    assert not still_running(family, 1), "a process was left behind"
     assert process.returncode == 1
     return time.monotonic() - begun, output
 

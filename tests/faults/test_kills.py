@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from lab import Lab, committed, fingerprint
+from lab import Lab, committed, fingerprint, still_running
 
 from vit_dist.checkpoint import store
 
@@ -114,5 +114,5 @@ def test_launcher_killed_makes_its_processes_save_and_leave(lab: Lab, whole: dic
     workers = psutil.Process(launched.pid).children(recursive=True)
     launched.kill()
     launched.wait()
-    assert workers and not psutil.wait_procs(workers, timeout=10)[1], "an orphan after 10 s"
+    assert workers and not still_running(workers, 10), "an orphan after 10 s"
     assert len(committed(folder)) == 1, "the step at hand was saved; no save was due"

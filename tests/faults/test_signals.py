@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import CONFIGS, command, rows, run
-from lab import Job, Lab, committed, fingerprint, status
+from lab import Job, Lab, committed, fingerprint, status, still_running
 
 from vit_dist import stop
 
@@ -182,7 +182,7 @@ def test_data_loading_processes_survive_a_signal_to_every_process(lab: Lab, wher
     at_step(folder, now + 9, job)
     job.signal(signal.SIGTERM)
     assert job.wait(60) == [stop.EXIT_CODE], job.output
-    assert family and not psutil.wait_procs(family, timeout=10)[1]
+    assert family and not still_running(family, 10)
 
 
 def test_child_process_of_others_obeys_sigterm() -> None:
@@ -235,7 +235,7 @@ def test_signal_to_the_launcher_stops_the_run_with_a_checkpoint(
     family = psutil.Process(launched.pid).children(recursive=True)
     launched.send_signal(number)
     assert launched.wait(20), "launchers turn every code into their own"
-    assert not psutil.wait_procs(family, timeout=2)[1]
+    assert not still_running(family, 2)
     said = status(folder)
     assert (said["state"], said["by"].split()[0]) == ("preempted", signal.Signals(number).name), log.read_text()
     assert max(committed(folder)) == said["step"]
