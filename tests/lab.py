@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -246,6 +247,7 @@ def _fork(body: Callable[[], int | None], streams: tuple[Path, Path], env: Mappi
     code = 70
     try:  # an exception that left this function would go on as a test run of its own
         os.setpgid(0, 0)
+        gc.freeze()  # a collection in the run need not look through what the test process has imported: 0.4 s each
         for number, path in enumerate(streams, start=1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     pool = sorted((item for item in items if {"slow", "draw"} & _markers(item)), key=lambda item: item.nodeid)
     cases = defaultdict(list)
     for item in pool:
-        if draw := item.get_closest_marker("draw"):
+        if "slow" not in _markers(item) and (draw := item.get_closest_marker("draw")):
             cases[_function(item), draw.args[0]].append(item)
     for (function, count), found in cases.items():
         drawn = random.Random(f"{seed} {function}").sample(found, min(count, len(found)))

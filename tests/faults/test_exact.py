@@ -70,8 +70,10 @@ MATRIX = {
 }
 
 
-@pytest.mark.draw(5)
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.draw(4)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "compiled" in name else []) for name in MATRIX]
+)
 def test_run_interrupted_three_times_ends_with_the_same_bits(
     root: Path, reference: Reference, photos: Path, checkpoint: Path, dropout_checkpoint: Path, name: str
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -88,14 +88,26 @@ def _usual_name(role: str, splits: Sequence[str], taken: Iterable[str]) -> str |
     return None
 
 
-def image_column(features: Any, override: str | None, where: str) -> str:
-    """The one column of `features` that holds images; raises `UserError` if there is not exactly one."""
+def image_column(features: Any, override: str | None, where: str, file_names: Collection[str] = ()) -> str:
+    """The one column of `features` that holds images.
+
+    Args:
+        features: Of a table.
+        override: The column that the user named.
+        where: The table, for messages.
+        file_names: The columns whose values are names of image files: they count before columns that only have a
+            likely name.
+
+    Raises:
+        UserError: There is no such column, or there are several.
+    """
     if override is None:
         typed = [name for name, feature in features.items() if _holds_images(feature)]
         texts = [name for name in features if getattr(features[name], "dtype", "") in _TEXT]
         tiers = [
             typed,
             [name for name in texts if _is_known(name, _IMAGE_NAMES)],
+            [name for name in texts if name in file_names],
             [name for name in texts if _is_known(name, _LIKELY_IMAGE_NAMES)],
             [name for name in features if is_image_name(name)],  # numbers may be names of files, lists are refused
         ]

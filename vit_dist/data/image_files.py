@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.index import IMAGE_EXTENSIONS
+from vit_dist.data.split_words import has_mask_word, split_word
 from vit_dist.errors import UserError
 
 _STORED = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -28,6 +29,7 @@ _NUM_CHECKED = 100  # files at the start of a split, and as many spread over it
 _MOST_FOLDERS = 1000  # that are searched for an image
 _SEARCH_DEPTH = 3
 _MOST_LISTED = 3
+_MOST_PARTS = 20  # folders that the images of one table are spread over
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Origin:
     num_rows: list[int]  # of each file
     image_root: str | None = None  # instead of those folders
     may_miss: bool = False  # some files may be missing
+    role: str | None = None  # the split that the rows are, where tables are splits
 
 
 def stored_images(column: pa.ChunkedArray, name: str, origin: Origin) -> tuple[pa.ChunkedArray | None, list[str]]:
@@ -89,6 +92,18 @@ def names_files(column: pa.ChunkedArray) -> bool:
     """Whether some image is given by the path of a file."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     return _is_text(kind) or pa.types.is_integer(kind) or _names_files(column)
+
+
+def file_name_columns(table: pa.Table) -> list[str]:
+    """The text columns whose values are names of image files, by the first rows; not those of masks by their names."""
+    found = []
+    for name in table.column_names:
+        column = table.column(name)
+        if _is_text(column.type) and not has_mask_word(name):
+            values = pc.drop_null(column.slice(0, _NUM_CHECKED))
+            if len(values) and pc.all(pc.match_substring_regex(pc.utf8_trim_whitespace(values), _HAS_SUFFIX)).as_py():
+                found.append(name)
+    return found
 
 
 def leads_to_images(column: pa.ChunkedArray, table: Path) -> bool:
@@ -211,9 +226,12 @@ class _Reading:
     slashes: bool = False  # backslashes of Windows become slashes
     skip: int = 0  # leave out this many leading folders
     suffixes: bool = False  # find the suffix in the folder
+    further: tuple[Path, ...] = ()  # the files lie in `base` and in these folders
 
     def apply(self, paths: pa.ChunkedArray) -> pa.ChunkedArray:
         """Absolute paths."""
+        if self.further:
+            return _in_several(paths, [replace(self, base=base, further=()) for base in (self.base, *self.further)])
         if self.trim:
             paths = pc.utf8_trim_whitespace(paths)
         if self.unquote:
@@ -270,7 +288,7 @@ def _notes(reading: _Reading, folder: Path) -> list[str]:
     if reading.skip:
         notes.append(f"the first {reading.skip} folders of each path left out")
     if reading.base != folder:
-        notes.append(f"image files in {reading.base}")
+        notes.append("image files in " + " and ".join(str(base) for base in (reading.base, *reading.further)))
     return notes
 
 
@@ -342,7 +360,11 @@ def _other_readings(plain: _Reading, sample: pa.ChunkedArray, root: Path | None)
 def _beside(
     reading: _Reading, sample: pa.ChunkedArray, folder: Path, origin: Origin
 ) -> tuple[_Reading, list[bool]] | None:
-    """The reading below the one folder beside the table that has all files of the sample, if no other has any."""
+    """The reading below the one folder beside the table that has all files of the sample, if no other has any.
+
+    Of folders for several splits, the one for the split of the table counts; of folders that have a part of the files
+    each (`images_part_1`, `images_part_2`), all.
+    """
     if origin.image_root is not None:
         return None
     hits = []
@@ -351,6 +373,12 @@ def _beside(
         found = _exist(moved.apply(sample))
         if any(found):
             hits.append((moved, found))
+    same_role = [hit for hit in hits if (word := split_word(hit[0].base.name)) and word.role == origin.role]
+    if len(hits) > 1 and len(same_role) == 1:
+        hits = same_role
+    if 1 < len(hits) <= _MOST_PARTS and all(sum(each) == 1 for each in zip(*(found for _, found in hits), strict=True)):
+        first, *others = (hit.base for hit, _ in hits)
+        return replace(reading, base=first, further=tuple(others)), [True] * len(sample)
     if len(hits) > 1:
         hits.sort(key=lambda hit: -sum(hit[1]))
         shown = ", ".join(f"{hit.base.name} ({sum(found)})" for hit, found in hits[:5])
@@ -451,6 +479,28 @@ def _with_suffixes(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     places = pc.index_in(paths, value_set=pa.array(list(stems), pa.string()))
     named = pa.array(list(stems.values()), pa.string()).take(places.combine_chunks())
     return pc.if_else(bare, pc.coalesce(pa.chunked_array([_array(named)], pa.string()), paths), paths)
+
+
+def _in_several(paths: pa.ChunkedArray, readings: Sequence[_Reading]) -> pa.ChunkedArray:
+    """Each path in the one folder that has the file; in the first one where none has it.
+
+    Lists each folder once, instead of a stat per image and folder. Raises `UserError` for a file in two folders.
+    """
+    made = [reading.apply(paths) for reading in readings]
+    result, placed = made[0], None
+    for reading, candidates in zip(readings, made, strict=True):
+        parents = pc.unique(pc.replace_substring_regex(candidates, r"/[^/]*$", "")).to_pylist()
+        files = [f"{parent}/{name}" for parent in parents if parent is not None for name in _image_names(parent)]
+        there = pc.is_in(candidates, value_set=pa.array(files, pa.string()))
+        if placed is not None and pc.any(pc.and_(placed, there)).as_py():
+            row = pc.index(pc.and_(placed, there), True).as_py()
+            raise UserError(
+                f"{result[row].as_py()} and {candidates[row].as_py()} have the same name in the table: write the "
+                f"folder of each image in it, such as {reading.base.name}/{os.path.basename(candidates[row].as_py())}"
+            )
+        result = pc.if_else(there, candidates, result)
+        placed = there if placed is None else pc.or_(placed, there)
+    return result
 
 
 def _image_names(folder: str | None) -> Sequence[str]:

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.columns import ROLES, NoLabelColumn, common_table, image_column, is_guess
-from vit_dist.data.image_files import Origin, names_files, stored_images
+from vit_dist.data.image_files import Origin, file_name_columns, names_files, stored_images
 from vit_dist.data.labels import clean_labels, find_labels
+from vit_dist.data.listing import shortened
 from vit_dist.data.split_column import SplitColumn, find_split_column
 from vit_dist.errors import UserError
 
@@ -56,7 +57,8 @@ def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> La
     asked = {role: getattr(options, f"{role}_split") for role in ROLES} if len(splits) == 1 else None
     for role, rows in splits.items():
         where = f"{rows.origin.where} ({role})" if len(splits) > 1 else rows.origin.where
-        image = image_column(rows.table.features, options.image_column_name, where)
+        named = file_name_columns(rows.table.data.table)
+        image = image_column(rows.table.features, options.image_column_name, where, named)
         try:
             label, chosen = find_labels(rows.table, image, options.label_column_name, where)
         except NoLabelColumn as error:
@@ -88,6 +90,7 @@ def _common(
     stored, notes = stored_images(column, image, rows.origin)
     table, cleaned = clean_labels(rows.table.select_columns([image, label]), label, where)
     if stored is not None:
+        _refuse_overlap(pc.struct_field(stored, "path"), rows, where)
         labels = table.select_columns([label])
         table = datasets.concatenate_datasets([datasets.Dataset(pa.table({image: stored})), labels], axis=1)
     if num_missing := _num_missing(table.data.column(image)):
@@ -98,6 +101,26 @@ def _common(
             )
         notes = [*notes, f"{num_missing:,} rows without an image"]
     return common_table(table, image, label, rows.ids), [*notes, *cleaned]
+
+
+def _refuse_overlap(paths: pa.ChunkedArray, rows: SplitRows, where: str) -> None:
+    """Raise `UserError` if two tables name the same image file: they are two tables of the same images, not parts."""
+    counts = rows.origin.num_rows
+    if len(counts) < 2:
+        return
+    table_of = pa.array(np.repeat(np.arange(len(counts)), counts))
+    named = pa.table({"path": paths, "table": table_of}).filter(pc.is_valid(paths))
+    shared = named.group_by("path").aggregate([("table", "count_distinct"), ("table", "min"), ("table", "max")])
+    shared = shared.filter(pc.greater(shared["table_count_distinct"], 1))
+    if not len(shared):
+        return
+    starts = np.cumsum([0, *counts[:-1]])
+    ids = [rows.ids[int(starts[shared[f"table_{end}"][0].as_py()])].as_py() for end in ("min", "max")]
+    one, other = (shortened(first.rpartition("#")[0]) for first in ids)
+    raise UserError(
+        f"{where}: {len(shared):,} images are named in several tables, for example "
+        f"{_shown([shared['path'][0].as_py()])} in {one} and {other}: pass one of the tables with --data"
+    )
 
 
 def _num_missing(images: pa.ChunkedArray) -> int:
@@ -163,6 +186,7 @@ def _repeated(tables: dict[str, datasets.Dataset]) -> list[str]:
             shared = pc.and_(pc.is_in(paths[other], value_set=pc.drop_null(paths[role])), pc.is_valid(paths[other]))
             if count := pc.sum(shared).as_py():
                 example = _shown(pc.unique(paths[other].filter(shared))[:1].to_pylist())
+                _refuse_other_labels(tables[role], tables[other], (role, other))
                 notes.append(f"WARNING: {count:,} rows of {other} name images of {role} ({example})")
     return notes
 
@@ -190,6 +214,25 @@ def _refuse_two_labels(table: datasets.Dataset, paths: pa.ChunkedArray, role: st
         raise UserError(
             f"{role}: {len(twice):,} image files have different labels in different rows, for example "
             f"{_shown(twice[:_MOST_LISTED].to_pylist())}: one class per image is needed"
+        )
+
+
+def _refuse_other_labels(first: datasets.Dataset, second: datasets.Dataset, roles: tuple[str, str]) -> None:
+    """Raise `UserError` if two splits give the same image file different labels: one of them means another file."""
+    both = [pa.table({"path": _paths(table), "label": _arrow(table, "label")}) for table in (first, second)]
+    if any(pa.types.is_nested(table["label"].type) for table in both):
+        return  # refused later as no classes
+    labels = [table.set_column(1, "label", table["label"].cast(pa.string())) for table in both]
+    joined = (
+        labels[0].filter(pc.is_valid(labels[0]["path"])).join(labels[1], "path", join_type="inner", right_suffix="_2")
+    )
+    different = joined.filter(pc.not_equal(joined["label"], joined["label_2"]))
+    if len(different):
+        row = different.slice(0, 1).to_pylist()[0]
+        raise UserError(
+            f"{_shown([row['path']])} has the label {shortened(row['label'])} in {roles[0]} and "
+            f"{shortened(row['label_2'])} in {roles[1]} (images with two labels: {len(different):,}): write the folder "
+            "of each image in the tables, or correct the labels"
         )
 
 

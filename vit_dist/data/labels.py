@@ -76,7 +76,7 @@ def _one_hot(table: datasets.Dataset, image: str) -> str | None:
     flags: list[str] = []
     total: Any = 0
     for name in [name for name in table.column_names if name != image][:_MOST_ONE_HOT]:
-        column = table.data.column(name)
+        column = _as_numbers(table.data.column(name))
         kind = _value_type(column)
         if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
             values = pc.unique(column).to_pylist()
@@ -90,6 +90,16 @@ def _one_hot(table: datasets.Dataset, image: str) -> str | None:
         f"columns {_listed(flags)} hold 0 and 1 ({several}): write one column label with one class per row, or "
         "name a column with --label_column_name"
     )
+
+
+def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of text such as ` 0` or `1.0` as numbers, any other column as it is."""
+    if not pa.types.is_string(column.type) or len(pc.unique(column.slice(0, _MIN_ROWS_OF_IDS))) > 3:
+        return column
+    try:
+        return pc.utf8_trim_whitespace(column).cast(pa.float64())
+    except pa.ArrowInvalid:  # names
+        return column
 
 
 def clean_labels(table: datasets.Dataset, name: str, where: str) -> tuple[datasets.Dataset, list[str]]:
@@ -149,7 +159,8 @@ def _clean(values: pa.Array, name: str, where: str) -> tuple[pa.Array, list[str]
             )
     if several := _several_classes(present.to_pylist()):
         raise UserError(
-            f"{where}: column {name} holds several classes per image ({_short(several)}): one class per image is needed"
+            f"{where}: column {name} holds several classes per image ({_short(several)}): keep one class per image; "
+            "if this is one class, write it with _ or - between the words"
         )
     return trimmed, notes
 
@@ -157,14 +168,18 @@ def _clean(values: pa.Array, name: str, where: str) -> tuple[pa.Array, list[str]
 def _several_classes(labels: list[str]) -> str | None:
     """A label that lists several classes; None if there is none.
 
-    Parts at a comma or semicolon, which names of classes have too, are classes if each is a label of its own as well;
-    parts at a vertical bar already if one is, or is at several places (`a|b`, `b|c`; not `animal|cat`, `animal|dog`).
+    Parts at a comma, semicolon or space, which names of classes have too, are classes if each is a label of its own as
+    well; parts at a vertical bar already if one is, or is at several places (`a|b`, `b|c`; not `animal|cat`,
+    `animal|dog`).
     """
     for label in labels:
         if re.fullmatch(r"[\[({].*['\"].*[\])}]", label.strip()):
             return label
+    numbers = [label for label in labels if not label.isdigit()]
+    if numbers and all(re.fullmatch(r"\d+(?:[ ,;|]+\d+)*", label) for label in labels):
+        return numbers[0]  # `16 0`, or `1,5`, which may be a fraction as well
     known = set(labels)
-    for separator in "|,;":
+    for separator in "|,; ":
         position_of: dict[str, int] = {}
         for label in (label for label in labels if separator in label):
             parts = [part.strip() for part in label.split(separator) if part.strip()]

@@ -219,6 +219,8 @@ def _files(root: Path, splits: dict[str, list[str]], where: str, options: DataOp
         rows = read_rows(splits[split], root, datasets_cache(options.cache_dir), named)
         first = str(root / rows.files[0])
         origin = _origin(first, rows.folders(root), rows.num_rows, options)
+        if len(roles) > 1:
+            origin = replace(origin, role=role)
         parts[role] = SplitRows(rows.table, rows.ids(), origin, extension(first) == "tar", rows.notes)
     kinds = sorted({extension(file) for split in roles.values() for file in splits[split]})
     return _source(parts, where, "/".join(kinds), options, set(splits) - set(roles.values()), refusal=refusal)

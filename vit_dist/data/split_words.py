@@ -98,6 +98,11 @@ def is_mask(name: str) -> bool:
     return bool(words) and ("".join(words) in _MASKS or all(word in _MASKS for word in words))
 
 
+def has_mask_word(name: str) -> bool:
+    """Whether a part of the name speaks of masks or labels of images: `mask_path`."""
+    return not _MASKS.isdisjoint(_words(name))
+
+
 def is_aside(name: str) -> bool:
     """Whether the name is one of what lies beside data, such as `docs`."""
     return "".join(_words(name)) in _ASIDE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vit_dist.data.columns import image_column, is_guess, is_image_name, is_label_name, label_candidates, usual_role
-from vit_dist.data.image_files import leads_to_images
+from vit_dist.data.image_files import file_name_columns, leads_to_images
+from vit_dist.data.listing import listed, shortened
 from vit_dist.data.text_tables import json_column, json_records, read_text, whole_numbers
 from vit_dist.errors import UserError
 
@@ -55,11 +56,16 @@ def split_of(file: str) -> str:
     """The split that a file belongs to, by the first name in its path that is the name of a split or starts with
     one (`train-00000-of-00002.parquet`, `val/0.tar`); else its name without a shard number."""
     path = PurePosixPath(file)
-    stem = path.name.split(".")[0]
-    for name in (*path.parts[:-1], stem):
+    for name in (*path.parts[:-1], path.name.split(".")[0]):
         word = re.match(r"[A-Za-z]+(?![A-Za-z])", name)
         if word and usual_role(word[0]):
             return word[0].lower()
+    return stem_of(file)
+
+
+def stem_of(file: str) -> str:
+    """The name of a file without its suffixes and the number of a shard."""
+    stem = PurePosixPath(file).name.split(".")[0]
     return _SHARD_NUMBER.sub("", stem) or stem
 
 
@@ -80,7 +86,7 @@ def has_images(root: Path, file: str, override: str | None) -> bool:
             return override is not None or not is_guess(image, features[image])
         rows = _read_text([file], root, [override] if override else [], num_rows=_NUM_PEEKED)
         features = rows.table.features
-        image = image_column(features, override, file)
+        image = image_column(features, override, file, file_name_columns(rows.table.data.table))
         if override is not None or not is_guess(image, features[image]):
             return True
         return bool(label_candidates(features)) and leads_to_images(rows.table.data.column(image), root / file)
@@ -130,6 +136,8 @@ def read_rows(files: Sequence[str], root: Path, cache_dir: str | None, names: Se
         raise UserError(f"cannot read {_few(files, root)}: {reason}") from error
     if len(rows.table) == 0:
         raise UserError(f"{_few(files, root)}: no rows")
+    if len({stem_of(file) for file in files}) > 1:
+        return replace(rows, notes=[*rows.notes, f"read as one table: {listed(files, room=120)}"])
     return rows
 
 
@@ -161,6 +169,7 @@ def _read_parquet(files: Sequence[str], root: Path, cache_dir: str | None) -> Ro
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     num_rows = [pq.read_metadata(root / file).num_rows for file in files]
+    _require_columns([pq.read_schema(root / file).names for file in files], files, root, ())
     return Rows(_build(Parquet, files, root, cache_dir), list(files), num_rows)
 
 
@@ -198,32 +207,41 @@ def _read_text(files: Sequence[str], root: Path, names: Sequence[str] = (), num_
         table, found = read_text(root / file, num_rows, names)
         tables.append(table)
         notes.update(dict.fromkeys(found))
-    _require_columns(tables, files, root, names)
+    _require_columns([table.column_names for table in tables], files, root, names)
     text = pa.concat_tables(tables, promote_options="default")
     columns = {name: whole_numbers(text.column(name)) for name in text.column_names}
     return Rows(datasets.Dataset(pa.table(columns)), list(files), [len(table) for table in tables], list(notes))
 
 
-def _require_columns(tables: Sequence[pa.Table], files: Sequence[str], root: Path, names: Sequence[str]) -> None:
-    """Raise `UserError` if a column of images or labels is in some of the files only."""
-    first = tables[0].column_names
-    for table, file in zip(tables[1:], files[1:], strict=True):
-        for name in sorted(set(first) ^ set(table.column_names)):
-            if name in names or is_image_name(name) or is_label_name(name):
+def _require_columns(columns: Sequence[Sequence[str]], files: Sequence[str], root: Path, names: Sequence[str]) -> None:
+    """Raise `UserError` if files that are read as one table differ in their columns.
+
+    Shards of one table, whose names differ in a number alone, may differ in columns that hold neither images nor
+    labels. Other files with different columns may describe the same images twice, as `train.csv` and
+    `train_folds.csv` do.
+    """
+    first = columns[0]
+    for column_names, file in zip(columns[1:], files[1:], strict=True):
+        are_shards = stem_of(file) == stem_of(files[0])
+        for name in sorted(set(first) ^ set(column_names)):
+            if not are_shards or name in names or is_image_name(name) or is_label_name(name):
                 one, other = (files[0], file) if name in first else (file, files[0])
                 raise UserError(
-                    f"{root}: {one} has a column {name}, {other} has not: give both the same columns, or pass one file "
-                    "with --data"
+                    f"{shortened(str(root), 120)}: {shortened(one)} has a column {shortened(name, 30)}, "
+                    f"{shortened(other)} has not: pass one of them with --data, or give both the same columns"
                 )
 
 
 def _read_json(files: Sequence[str], root: Path, num_rows: int | None) -> Rows:
     records: list[dict[str, Any]] = []
     counts = []
+    columns_of = []
     for file in files:
         new = json_records(root / file, num_rows)
         records += new
         counts.append(len(new))
+        columns_of.append(list(dict.fromkeys(name for record in new for name in record)))
+    _require_columns(columns_of, files, root, ())
     names = dict.fromkeys(name for record in records for name in record)
     columns = {name: json_column([record.get(name) for record in records]) for name in names}
     return Rows(datasets.Dataset(pa.table(columns)), list(files), counts)

@@ -26,6 +26,7 @@ import pyarrow.csv
 
 from vit_dist.data.columns import is_image_name, is_label_name
 from vit_dist.data.index import IMAGE_EXTENSIONS
+from vit_dist.data.listing import shortened
 from vit_dist.data.split_column import role_of
 from vit_dist.errors import UserError
 
@@ -46,11 +47,15 @@ _BLOCK_ROWS = 4096
 _IMAGE_SUFFIX = rf"\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))})"
 _IS_PATH = re.compile(rf"(?is)(?:.*[^\s/\\]{_IMAGE_SUFFIX}|[a-z][a-z0-9+.-]+://.+)")
 _PATH_THEN_LABEL = rf"(?i)^\s*(?P<image>.*[^\s/\\]{_IMAGE_SUFFIX})\s+(?P<label>\S.*?)\s*$"
-# In cp1252, what Western languages do not write: other symbols, or three letters with accents in sequence.
+# In cp1252, what Western languages do not write: other symbols, three letters with accents in sequence, quotation marks
+# or currencies within a word, and a closing quotation mark where a cell begins.
 _NOT_WESTERN = re.compile(
     r"[^\x00-\x7f\u2018\u2019\u201c-\u201e\u2013\u2014\u2026\u20ac\u2122\u00a0-\u00ff"
     r"\u0152\u0153\u0160\u0161\u0178\u017d\u017e]|[\u00a4-\u00a6\u00a8\u00ac\u00af\u00b6\u00b8\u00b9]|[\u00c0-\u00ff]{3}"
+    r"|[^\W\d_][\u2018\u201c-\u201e\u00a2-\u00bf][^\W\d_]|[\u00b2\u00b3\u00bf][\u00c0-\u00ff\u0152-\u017e]|[\u0152\u0160\u017d][\u00a1-\u00bf]"
+    r"|[\u00b2\u00b3][^\W\d_]|[\r\n,;\t]\u201d"
 )
+_ACCENTED_WORD = re.compile(r"[^\W\d_]*[^\x00-\x7f][^\W\d_]*")
 _WHOLE_NUMBERS = r"^(0|-?[1-9]\d*)$"  # not 007: that is a name, and its zeros matter
 
 
@@ -63,12 +68,14 @@ class TextFormat:
     header_lines: int
     names: list[str]  # of the columns
     has_header: bool
+    example: str | None = None  # a word of the text that depends on the encoding
 
     def notes(self, suffix: str) -> list[str]:
         """What is worth telling the user."""
         found = []
         if self.encoding not in ("utf-8", "utf-8-sig"):
-            found.append(f"encoding {self.encoding}")
+            word = f" (reads {self.example}; save the table as UTF-8 if that is garbled)" if self.example else ""
+            found.append(f"encoding {self.encoding}{word}")
         expected = {"csv": ",", "tsv": "\t"}.get(suffix)
         if self.delimiter != expected and self.delimiter in _DELIMITER_NAMES:
             found.append(f"delimiter {_DELIMITER_NAMES[self.delimiter]}")
@@ -164,6 +171,8 @@ def _format(path: Path, encoding: str, column_names: Sequence[str]) -> TextForma
             f"{path}: the text is not UTF-8, and read as cp1252 it has {strange[0]!a}, so it is in another encoding: "
             "save it as CSV UTF-8"
         )
+    accented = _ACCENTED_WORD.search(text) if encoding == "cp1252" else None
+    example = shortened(accented[0], 30) if accented else None
     skipped, separator = 0, re.match(r"sep=(.)\r?\n", text)  # Excel's own hint
     if separator:
         skipped, text = 1, text[separator.end() :]
@@ -175,13 +184,13 @@ def _format(path: Path, encoding: str, column_names: Sequence[str]) -> TextForma
     samples = {delimiter: _sample(text, delimiter, is_whole) for delimiter in delimiters}
     delimiter = _delimiter(samples, text, path, column_names)
     if delimiter is None:
-        return TextFormat(encoding, None, skipped, ["image", "label"], False)
+        return TextFormat(encoding, None, skipped, ["image", "label"], False, example)
     sample = samples[delimiter]
     if not sample.rows:
         raise UserError(f"{path}: no rows")
     if names := _names_without_header(sample.rows, path, column_names):
-        return TextFormat(encoding, delimiter, skipped, names, False)
-    return TextFormat(encoding, delimiter, skipped + sample.header_lines, _header(sample.rows[0], path), True)
+        return TextFormat(encoding, delimiter, skipped, names, False, example)
+    return TextFormat(encoding, delimiter, skipped + sample.header_lines, _header(sample.rows[0], path), True, example)
 
 
 def _encoding_error(path: Path) -> UserError:

@@ -1,0 +1,186 @@
+"""Tables in several files, and images of one table in several folders: parts are joined, two tables are not mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from image_fixtures import png
+from test_table_files import table
+from test_tables import load, refusal
+
+NAMES = [f"n{number}.png" for number in range(8)]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def images(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(png((number, len(folder.name), 9)))
+
+
+def rows(names: list[str], header: str = "image,label", more: str = "") -> str:
+    lines = [f"{name},{('cat', 'dog')[number % 2]}{more}" for number, name in enumerate(names)]
+    return "\n".join([header, *lines]) + "\n"
+
+
+def paths(root: Path, role: str = "train", **options: str) -> list[str]:
+    source = load(root, **options)
+    return [Path(image["path"]).relative_to(root).as_posix() for image in source.tables[role]["image"]]
+
+
+# Several tables
+
+
+def test_table_beside_one_with_folds_of_the_same_images_is_refused(tmp_path: Path) -> None:
+    table(tmp_path / "d" / "train.csv", NAMES)
+    write(tmp_path / "d" / "train_folds.csv", rows(NAMES, "image,label,fold", ",1"))
+    said = refusal(tmp_path / "d")
+    assert "train_folds.csv has a column fold, train.csv has not: pass one of them with --data" in said
+
+
+def test_tables_that_name_the_same_images_are_refused(tmp_path: Path) -> None:
+    table(tmp_path / "d" / "labels_v1.csv", NAMES)
+    write(tmp_path / "d" / "labels_final.csv", rows(NAMES[:3]))
+    said = refusal(tmp_path / "d")
+    assert "3 images are named in several tables" in said and "labels_final.csv and labels_v1.csv" in said
+
+
+def test_tables_of_different_images_are_joined_and_named(tmp_path: Path) -> None:
+    table(tmp_path / "d" / "cats.csv", NAMES[:4])
+    table(tmp_path / "d" / "dogs.csv", NAMES[4:])
+    source = load(tmp_path / "d")
+    assert len(source.tables["train"]) == 8
+    assert "read as one table: cats.csv, dogs.csv" in source.description
+
+
+def test_shards_may_differ_in_columns_of_other_things(tmp_path: Path) -> None:
+    table(tmp_path / "d" / "part-0.csv", NAMES[:4])
+    write(tmp_path / "d" / "part-1.csv", rows(NAMES[4:], "image,label,source", ",web"))
+    images(tmp_path / "d", NAMES[4:])
+    source = load(tmp_path / "d")
+    assert len(source.tables["train"]) == 8 and "read as one table" not in source.description
+
+
+# Several folders
+
+
+def test_images_in_two_folders_beside_their_table_are_found_in_both(tmp_path: Path) -> None:
+    """As in HAM10000: images_part_1, images_part_2 and one table of names without suffixes."""
+    root = tmp_path / "d"
+    write(root / "metadata.csv", rows([Path(name).stem for name in NAMES], "image_id,dx"))
+    images(root / "images_part_1", NAMES[:5])
+    images(root / "images_part_2", NAMES[5:])
+    expected = [f"images_part_1/{name}" for name in NAMES[:5]] + [f"images_part_2/{name}" for name in NAMES[5:]]
+    assert paths(root) == expected
+    assert f"image files in {root}/images_part_1 and {root}/images_part_2" in load(root).description
+
+
+def test_name_in_two_folders_that_the_checked_rows_miss_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    names = [f"n{number}.png" for number in range(1000)]
+    write(root / "labels.csv", rows(names))
+    images(root / "part_a", names[:500])
+    images(root / "part_b", [*names[500:], names[105]])  # of 1,000 rows, 100 at the start and every tenth are checked
+    assert "part_a/n105.png and " in refusal(root) and "have the same name" in refusal(root)
+
+
+def test_tables_of_two_splits_find_equal_names_in_the_folder_of_their_split(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    for split in ("train", "test"):
+        write(root / f"{split}.csv", rows(NAMES[:4]))
+        images(root / split, NAMES[:4])
+    assert paths(root) == [f"train/{name}" for name in NAMES[:4]]
+    assert paths(root, "test") == [f"test/{name}" for name in NAMES[:4]]
+
+
+def test_file_with_different_labels_in_two_splits_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    table(root / "train.csv", NAMES[:4])
+    write(root / "test.csv", f"image,label\n{NAMES[0]},dog\n{NAMES[1]},dog\n")
+    said = refusal(root)
+    assert f"{NAMES[0]} has the label cat in train and dog in test (images with two labels: 1)" in said
+
+
+# Columns
+
+
+def test_column_of_file_names_counts_before_a_number_that_may_be_a_name(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    images(root, ["1.png", "2.png", "3.png", "4.png"])
+    write(root / "labels.csv", "id,slika,label\n1,4.png,cat\n2,3.png,dog\n3,2.png,cat\n4,1.png,dog\n")
+    assert paths(root) == ["4.png", "3.png", "2.png", "1.png"]
+
+
+def test_column_of_mask_files_is_not_the_column_of_images(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    images(root, ["a.png", "b.png", "a_m.png", "b_m.png"])
+    write(root / "labels.csv", "image_id,mask_file,label\na,a_m.png,cat\nb,b_m.png,dog\n")
+    assert paths(root) == ["a.png", "b.png"]
+
+
+# Labels
+
+
+@pytest.mark.parametrize("labels", [("16 0", "5", "7 1 2"), ("scab", "rust", "scab rust"), ("1,5", "2,0", "1,5")])
+def test_labels_of_several_classes_or_fractions_are_refused(tmp_path: Path, labels: tuple[str, ...]) -> None:
+    root = tmp_path / "d"
+    images(root, NAMES[:3])
+    lines = [f'{name},"{label}"' for name, label in zip(NAMES, labels, strict=False)]
+    write(root / "labels.csv", "\n".join(["image,label", *lines]) + "\n")
+    assert "holds several classes per image" in refusal(root)
+
+
+def test_names_of_classes_with_spaces_are_kept(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    images(root, NAMES[:3])
+    lines = [f"{name},{label}" for name, label in zip(NAMES, ("bear", "black bear", "10 euro"), strict=False)]
+    write(root / "labels.csv", "\n".join(["image,label", *lines]) + "\n")
+    assert load(root).tables["train"]["label"] == ["bear", "black bear", "10 euro"]
+
+
+@pytest.mark.parametrize(("no", "yes"), [(" 0", " 1"), ("0.0", "1.0"), ("0", "1")])
+def test_one_hot_columns_of_text_or_numbers_are_refused(tmp_path: Path, no: str, yes: str) -> None:
+    root = tmp_path / "d"
+    images(root, NAMES[:3])
+    write(root / "_classes.csv", f"filename,cat,dog\n{NAMES[0]},{yes},{no}\n{NAMES[1]},{no},{yes}\n")
+    assert "columns cat, dog hold 0 and 1 (one-hot labels)" in refusal(root)
+
+
+def test_note_on_an_old_encoding_shows_a_word_of_it(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    images(root, NAMES[:2])
+    (root / "labels.csv").write_bytes(f"image,label\n{NAMES[0]},Čáp\n{NAMES[1]},pes\n".encode("cp1250"))
+    assert "encoding cp1252 (reads Èáp; save the table as UTF-8 if that is garbled)" in load(root).description
+
+
+@pytest.mark.parametrize(
+    ("names", "encoding"),
+    [(("été", "noël"), "mac_roman"), (("żółw", "łoś"), "cp1250"),
+     (("犬", "猫"), "shift_jis"), (("Bär", "Kätzchen"), "cp437")],
+)  # fmt: skip
+def test_text_in_another_encoding_than_cp1252_is_refused(tmp_path: Path, names: tuple[str, str], encoding: str) -> None:
+    root = tmp_path / "d"
+    images(root, NAMES[:2])
+    (root / "labels.csv").write_bytes(f"image,label\n{NAMES[0]},{names[0]}\n{NAMES[1]},{names[1]}\n".encode(encoding))
+    assert "so it is in another encoding: save it as CSV UTF-8" in refusal(root / "labels.csv")
+
+
+def test_western_text_in_cp1252_is_read(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    names = (
+        "l\u2019\u00e9t\u00e9",
+        "na\u00efve \u201cno\u00ebl\u201d",
+        "Bewick\u2019s",
+        "c\u0153ur",
+        "\u20ac 5",
+        "25 m\u00b2",
+    )
+    images(root, NAMES[:6])
+    lines = "\n".join(f"{name};{label}" for name, label in zip(NAMES, names, strict=False))
+    (root / "labels.csv").write_bytes(f"image;label\n{lines}\n".encode("cp1252"))
+    assert load(root).tables["train"]["label"] == list(names)
