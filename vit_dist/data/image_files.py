@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.index import IMAGE_EXTENSIONS
+from vit_dist.data.listing import shortened
 from vit_dist.data.split_words import has_mask_word, split_word
 from vit_dist.errors import UserError
 
@@ -178,19 +179,14 @@ def _no_path(text: str) -> str | None:
     """What a text is if it is no path; None if it may be one."""
     text = text.strip()
     if _URL.match(text):
-        return f"links ({_short(text)}), which are not downloaded: download the images first"
+        return f"links ({shortened(text)}), which are not downloaded: download the images first"
     if re.match(r"b['\"]", text) or re.match(r"\{\s*['\"](?:bytes|path)['\"]", text):
         return "bytes printed as text, which cannot be read back: save the table as Parquet"
     if text.startswith("<") and text.endswith(">"):
-        return f"the names of Python objects ({_short(text)}), not images: save paths, or bytes in Parquet"
+        return f"the names of Python objects ({shortened(text)}), not images: save paths, or bytes in Parquet"
     if text.startswith(("[", "array(")) or re.match(r"(?:\d{1,3}[ ,;]+){16}", text):
         return "pixel values as text, not encoded images: store PNG or JPEG bytes, or paths of image files"
     return None
-
-
-def _short(text: str, longest: int = 60) -> str:
-    text = text if len(text) <= longest else text[: longest - 3] + "..."
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _from_base64(texts: pa.ChunkedArray, name: str, origin: Origin) -> pa.ChunkedArray:
@@ -318,7 +314,7 @@ def _reading(texts: pa.ChunkedArray, folder: Path, origin: Origin) -> _Reading:
         raise UserError(_none_found(sample, len(texts), plain.base, origin))
     if not all(found) and not origin.may_miss:
         missing = [path for path, there in zip(best.apply(sample).to_pylist(), found, strict=True) if not there]
-        shown = ", ".join(_short(os.path.relpath(path, best.base), 100) for path in missing[:_MOST_LISTED])
+        shown = ", ".join(shortened(os.path.relpath(path, best.base), 100) for path in missing[:_MOST_LISTED])
         raise UserError(
             f"{origin.where}: {len(missing)} of the {len(found)} files that were checked are missing in {best.base}, "
             f"for example {shown}: add them, remove their rows, or pass --on_bad_image skip"
@@ -404,9 +400,9 @@ def _none_found(sample: pa.ChunkedArray, num_rows: int, base: Path, origin: Orig
     first = sample[0].as_py()
     message = f"{origin.where}: none of the {number} is there"
     if all(value.strip().startswith("/") for value in sample.to_pylist()):
-        message += f", for example {_short(first, 100)}"
+        message += f", for example {shortened(first, 100)}"
     else:
-        message += f": paths such as {_short(first, 60)} are relative to {base}"
+        message += f": paths such as {shortened(first, 60)} are relative to {base}"
     places = _search(first, base if origin.image_root is None else origin.folders[0])
     if not places and (other := _other_suffix(first, base)):
         return f"{message}; {other} is there: correct the suffixes, or leave them out"
@@ -414,7 +410,7 @@ def _none_found(sample: pa.ChunkedArray, num_rows: int, base: Path, origin: Orig
         return f"{message}. Pass --image_root with the folder that they are relative to"
     name, folder = places[0]
     also = f" (or {places[1][1]})" if len(places) > 1 else ""
-    return f"{message}; {_short(name, 60)} lies in {folder}: pass --image_root {folder}{also}"
+    return f"{message}; {shortened(name, 60)} lies in {folder}: pass --image_root {folder}{also}"
 
 
 def _other_suffix(path: str, base: Path) -> str | None:

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.columns import is_guess, label_candidates, label_column, same_labels
+from vit_dist.data.listing import listed, shortened
 from vit_dist.errors import UserError
 
 _MIN_ROWS_OF_IDS = 20  # with as many distinct labels as rows from here on, labels are taken for ids
 _MOST_ONE_HOT = 500  # columns that are looked at
-_MOST_LISTED = 5
 _DECIMAL = r"^-?\d+[.]\d*$|^-?\d*[.]\d+$"
 _WHOLE_DECIMAL = r"^-?\d+[.]0*$"
 
@@ -87,7 +87,7 @@ def _one_hot(table: datasets.Dataset, image: str) -> str | None:
         return None
     several = "several classes per image" if np.any(total > 1) else "one-hot labels"
     return (
-        f"columns {_listed(flags)} hold 0 and 1 ({several}): write one column label with one class per row, or "
+        f"columns {listed(flags)} hold 0 and 1 ({several}): write one column label with one class per row, or "
         "name a column with --label_column_name"
     )
 
@@ -159,7 +159,7 @@ def _clean(values: pa.Array, name: str, where: str) -> tuple[pa.Array, list[str]
             )
     if several := _several_classes(present.to_pylist()):
         raise UserError(
-            f"{where}: column {name} holds several classes per image ({_short(several)}): keep one class per image; "
+            f"{where}: column {name} holds several classes per image ({shortened(several)}): keep one class per image; "
             "if this is one class, write it with _ or - between the words"
         )
     return trimmed, notes
@@ -190,13 +190,3 @@ def _several_classes(labels: list[str]) -> str | None:
             if separator == "|" and len(parts) > 1 and (alone or moved):
                 return label
     return None
-
-
-def _short(text: str, longest: int = 60) -> str:
-    text = text if len(text) <= longest else text[: longest - 3] + "..."
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def _listed(names: list[str]) -> str:
-    left = len(names) - _MOST_LISTED
-    return ", ".join(_short(name, 30) for name in names[:_MOST_LISTED]) + (f" and {left:,} more" if left > 0 else "")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.columns import ROLES
+from vit_dist.data.listing import listed
 from vit_dist.data.split_words import split_word
 from vit_dist.errors import UserError
 
@@ -34,7 +35,6 @@ _IS_ROLE = re.compile(r"(is|in|for|use_for)_?(.+)")
 _TRUE, _FALSE = ("1", "true", "t", "yes", "y", "1.0"), ("0", "false", "f", "no", "n", "0.0")
 _MOST_VALUES = 20  # more distinct values are no splits
 _NUM_PEEKED = 1000  # rows: most columns of other things have more distinct values among these already
-_MOST_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def find_split_column(
         return None
     if chosen is not None and chosen not in table.column_names:
         raise UserError(
-            f"--split_column_name {chosen}: {where} has no such column; it has {_listed(list(table.column_names))}"
+            f"--split_column_name {chosen}: {where} has no such column; it has {listed(list(table.column_names))}"
         )
     names: list[str]
     flags: list[str]
@@ -94,7 +94,7 @@ def find_split_column(
         flags = [name for name in table.column_names if name not in taken and _is_flag(table, name, where)]
     if len(names) > 1 or (names and flags):
         raise UserError(
-            f"{where}: several columns could hold the split of each row, {_listed([*names, *flags])}: name one with "
+            f"{where}: several columns could hold the split of each row, {listed([*names, *flags])}: name one with "
             "--split_column_name"
         )
     if names:
@@ -181,7 +181,7 @@ def _is_flag(table: datasets.Dataset, name: str, where: str) -> bool:
     if truth is None:
         texts = _texts(table, name)
         if texts is not None and len(texts) > 1 and _normal(name).startswith("is_"):
-            shown = _listed([text or "(empty)" for text in texts])
+            shown = listed([text or "(empty)" for text in texts])
             raise UserError(
                 f"{where}: column {name} should be true or false for each row, but has {shown}: correct it, or pass "
                 "--split_column_name none to use all rows alike"
@@ -225,7 +225,7 @@ def _roles_of_values(
             value for value in values if role_of(wanted) and role_of(value) == role_of(wanted)
         ]
         if not same:
-            raise UserError(f"--{role}_split {wanted}: column {name} of {where} has the values {_listed(values)}")
+            raise UserError(f"--{role}_split {wanted}: column {name} of {where} has the values {listed(values)}")
         for value in same:
             if roles.setdefault(value, role) != role:
                 raise UserError(f"--{role}_split {wanted}: rows of this value in {where} already have another role")
@@ -233,7 +233,7 @@ def _roles_of_values(
     unknown = [value for value in rest if role_of(value) is None]
     if unknown and asked is not None and chosen["train"] is None:
         raise UserError(
-            f"{where}: column {name} may hold the split of each row, but {_listed(unknown)} "
+            f"{where}: column {name} may hold the split of each row, but {listed(unknown)} "
             f"{'is' if len(unknown) == 1 else 'are'} not known: pass --train_split, --validation_split and "
             "--test_split with its values, or --split_column_name none to use all rows alike"
         )
@@ -253,7 +253,7 @@ def _by_flags(
         truth, role = _truth(table, name), _flag_role(name)
         assert truth is not None and role is not None
         if role in is_true:
-            raise UserError(f"{where}: several columns say which rows are for {role}, {_listed(names)}: rename one")
+            raise UserError(f"{where}: several columns say which rows are for {role}, {listed(names)}: rename one")
         column, feature = table.data.column(name), table.features[name]
         found = pc.unique(column)
         codes = np.array([truth[_text(feature, value)] for value in found.to_pylist()])
@@ -277,11 +277,3 @@ def _by_flags(
     if ((values or {}).get("test") or "").lower() == "none":
         roles[roles == ROLES.index("test")] = -1
     return SplitColumn(label, roles, [] if np.all(roles >= 0) else ["rows of no split"])
-
-
-def _listed(names: list[str]) -> str:
-    shown = [name if len(name) <= 30 else name[:27] + "..." for name in names[:_MOST_SHOWN]]
-    while len(shown) > 1 and len(", ".join(shown)) > 120:
-        shown.pop()
-    left = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {left:,} more" if left else "")
