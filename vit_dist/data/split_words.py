@@ -103,6 +103,11 @@ def is_aside(name: str) -> bool:
     return "".join(_words(name)) in _ASIDE
 
 
+def is_extra(name: str) -> bool:
+    """Whether a folder of this name holds what belongs to images, and none to classify."""
+    return is_mask(name) or is_aside(name)
+
+
 def are_numbered_parts(names: Collection[str]) -> bool:
     """Whether the names differ in their numbers alone and speak of parts: `fold_1` and `fold_2`, `images_001` ..."""
     words = {tuple(_words(name)) for name in names}
