@@ -88,6 +88,16 @@ READ: list[tuple[str, dict[str, str]]] = [
     (each("train"), AB),
     (each("train val test extra"), ABVT),
     (each("train augmented"), AB),
+    (each("entrainement test validation"), ABVT),
+    (each("entraînement validation"), ABV),
+    (each("entrenamiento validación prueba"), ABVT),
+    (each("dados_de_treino dados_de_teste"), ABT),
+    (each("Trainingsdaten Validierungsdaten Testdaten"), ABVT),
+    (each("addestramento convalida"), ABV),
+    (each("trening test"), ABT),
+    (each("obuchenie test"), ABT),
+    (each("训练集 测试集"), ABT),
+    (each("tr te"), ABT),
     # Splits that are doubled, wrapped, or have more around them
     (each("seg_train/seg_train seg_test/seg_test"), ABT),
     (each("train/train test"), ABT),
@@ -132,6 +142,10 @@ READ: list[tuple[str, dict[str, str]]] = [
     # Class folders that hold folders
     ("cat/x.jpg cat/siamese/x.jpg dog/x.jpg", {"train": "cat dog"}),
     ("cat/2019/x.jpg*3 cat/2020/x.jpg*3 dog/2019/x.jpg*3 dog/2020/x.jpg*3", {"train": "cat dog"}),
+    (each("cat dog", "indoor outdoor"), {"train": "cat dog"}),
+    (each("cat dog", "2019 2020 2021"), {"train": "cat dog"}),
+    (each("cat dog", "raw augmented cropped"), {"train": "cat dog"}),
+    (each("benign malignant", "40X 100X 200X"), {"train": "benign malignant"}),
     ("cat/images/x.jpg dog/images/y.jpg", {"train": "cat dog"}),
     ("cat/images/x.jpg cat/masks/x.jpg dog/images/y.jpg dog/masks/y.jpg", {"train": "cat dog"}),
     ("cat/cat/x.jpg dog/dog/x.jpg", {"train": "cat dog"}),
@@ -209,6 +223,16 @@ REFUSED: list[tuple[str, list[str]]] = [
     # Class folders that hold folders
     ("fruit/apple/x.jpg fruit/pear/x.jpg milk/oat/x.jpg milk/soy/x.jpg", ["leaf", "top", "4 leaf folders", "fruit"]),
     (each("train/fruit test/fruit", "apple pear") + " " + each("train/milk test/milk", "oat soy"), ["--class_folders"]),
+    (each("8863 8864 8865", "0 1"), ["8863, 8864, 8865", "0, 1", "leaf", "top", "--train_split"]),
+    (each("patient_01 patient_02", "benign malignant"), ["patient_01", "benign, malignant", "leaf", "top"]),
+    ("p1/sick/x.jpg p2/well/x.jpg p3/sick/x.jpg p4/well/x.jpg", ["p1, p2, p3, p4", "sick, well", "leaf", "top"]),
+    (each("amazon/images dslr/images webcam/images", "bike desk mug pen"), ["amazon, dslr", "bike, desk", "leaf"]),
+    (each("site_a site_b", "0 1 2 3"), ["site_a, site_b", "0, 1, 2, 3", "leaf", "top"]),
+    (each("train/art train/photo test/art test/photo", "bike mug pen"), ["D/train", "art, photo", "leaf", "top"]),
+    # Names that join a split and a class
+    ("trainA/x.jpg trainB/x.jpg testA/x.jpg testB/x.jpg", ["move trainA to train/A", "--class_folders top"]),
+    ("cat_train/x.jpg dog_train/x.jpg cat_test/x.jpg dog_test/x.jpg", ["move cat_train to train/cat"]),
+    (each("train_clean train_noisy val_clean val_noisy"), ["--train_split train_clean"]),
     # Classes that would vanish
     ("a/x.jpg b/x.jpg c/x.svg*12", ["D/c", "12 .svg"]),
     ("a/x.jpg b/x.jpg c/x.cr2*3 ", ["D/c", "3 .cr2"]),
@@ -254,6 +278,18 @@ CHOSEN: list[tuple[str, dict[str, str], dict[str, str]]] = [
         {"train": "apple fruit/other milk/other oat"},
     ),
     ("cat/x.jpg cat/siamese/x.jpg dog/x.jpg", {"class_folders": "leaf"}, {"train": "cat dog siamese"}),
+    (each("8863 8864", "0 1"), {"class_folders": "leaf"}, {"train": "0 1"}),
+    (
+        each("train/art train/photo test/art test/photo", "bike mug"),
+        {"class_folders": "leaf"},
+        {"train": "bike mug", "test": "bike mug"},
+    ),
+    (each("8863 8864", "0 1"), {"class_folders": "top"}, {"train": "8863 8864"}),
+    (
+        "trainA/x.jpg trainB/x.jpg testA/x.jpg testB/x.jpg",
+        {"class_folders": "top"},
+        {"train": "testA testB trainA trainB"},
+    ),
     ("original/x.jpg augmented/x.jpg", {"class_folders": "top"}, {"train": "augmented original"}),
     (each("224px 512px"), {"class_folders": "top"}, {"train": "224px 512px"}),
     ("train/steam/x.jpg car/x.jpg plane/x.jpg", {"class_folders": "top"}, {"train": "car plane train"}),
@@ -274,6 +310,7 @@ def test_flags_choose_between_readings(files, options, classes):
         (each("train test") + " preview.png", "1 image directly"),
         ("a/train/x.jpg a/test/x.jpg b/train/y.jpg b/test/y.jpg", "CLASS/train/"),
         ("cat/x.jpg cat/siamese/x.jpg dog/x.jpg", "class folders hold folders"),
+        (each("cat dog", "indoor outdoor"), "classes are the 2 top folders (cat, dog)"),
         ("a/x.jpg b/x.jpg c/ d/", "2 empty folders, no class: c, d"),
         ("a/x.jpg b/x.jpg notes/x.txt*3", "notes (3 .txt)"),
         (each("train") + " test/", "no images in test/"),
@@ -281,6 +318,11 @@ def test_flags_choose_between_readings(files, options, classes):
 )
 def test_what_was_decided_is_said(files, note):
     assert any(note in one for one in read(files).notes)
+
+
+def test_leaf_folders_of_one_name_are_merged_and_the_note_says_so():
+    notes = read(each("8863 8864", "0 1"), class_folders="leaf").notes
+    assert any("2 leaf folders (0, 1), merged over 2 top folders (8863, 8864)" in note for note in notes)
 
 
 def test_folders_that_are_left_out_are_named():

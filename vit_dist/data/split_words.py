@@ -14,12 +14,31 @@ _ROLE_WORDS = {
     "dev": "validation", "devel": "validation", "development": "validation", "eval": "validation",
     "evaluation": "validation",
     "test": "test", "testing": "test", "tst": "test", "holdout": "test", "heldout": "test",
+    # Other languages, without accents; none of them names a thing that people photograph.
+    "entrainement": "train", "apprentissage": "train", "entrenamiento": "train", "treino": "train",
+    "treinamento": "train", "trainings": "train", "addestramento": "train", "allenamento": "train",
+    "trening": "train", "traning": "train", "træning": "train", "traening": "train", "treningowe": "train",
+    "treningowy": "train", "trenovaci": "train", "egitim": "train", "latih": "train", "pelatihan": "train",
+    "obuchenie": "train", "обучение": "train", "训练": "train", "訓練": "train", "学習": "train", "훈련": "train",
+    "학습": "train",
+    "prueba": "test", "pruebas": "test", "teste": "test", "testes": "test", "testowe": "test", "testowy": "test",
+    "testovaci": "test", "uji": "test", "pengujian": "test", "тест": "test", "测试": "test", "測試": "test",
+    "テスト": "test", "테스트": "test",
+    "validacion": "validation", "validacao": "validation", "validierung": "validation", "validierungs": "validation",
+    "validazione": "validation", "convalida": "validation", "validering": "validation", "validatie": "validation",
+    "walidacja": "validation", "walidacyjne": "validation", "validacni": "validation", "dogrulama": "validation",
+    "validasi": "validation", "валидация": "validation", "验证": "validation", "驗證": "validation",
+    "検証": "validation", "검증": "validation",
 }
+_SHORT_ROLES = {"tr": "train", "va": "validation", "vl": "validation", "te": "test", "ts": "test"}  # only together
 _NEUTRAL_WORDS = frozenset([
     "set", "sets", "data", "dataset", "datasets", "image", "images", "img", "imgs", "pic", "pics", "picture",
     "pictures", "photo", "photos", "file", "files", "split", "splits", "folder", "folders", "dir", "sample", "samples",
     "jpg", "jpeg", "png",
+    "daten", "bilder", "fotos", "datensatz", "menge", "datos", "imagenes", "dados", "imagens", "donnees", "dati",
+    "immagini", "afbeeldingen", "集", "图片", "数据", "데이터",
 ])
+_LINKING_WORDS = frozenset(["of", "for", "de", "di", "do", "da", "du"])  # `dados de treino`
 _CONTAINERS = _NEUTRAL_WORDS | frozenset([
     "archive", "class", "classes", "category", "categories", "content", "contents", "download", "downloads", "input",
     "inputs", "jpegimages", "root", "rgb", "unzipped", "extracted",
@@ -39,6 +58,7 @@ _VARIANTS = frozenset([
     "clean", "noisy", "balanced", "unbalanced", "imbalanced", "compressed", "uncompressed", "unprocessed",
 ])
 # fmt: on
+_CLASS_WORDS = frozenset(["class", "classe", "clase", "klasse", "label", "category", "type", "grade", "stage", "level"])
 _SUFFIX_WORDS = tuple(sorted(_NEUTRAL_WORDS, key=len, reverse=True))
 _PARTS = frozenset([
     "fold", "folds", "kfold", "cv", "split", "batch", "shard", "chunk", "part", "data", "dataset", "set", "image",
@@ -63,7 +83,7 @@ def split_word(name: str) -> SplitWord | None:
         role = _ROLE_WORDS.get(word) or _ROLE_WORDS.get(_without_suffix(word))
         if role is not None:
             roles.append(role)
-        elif word not in _NEUTRAL_WORDS:
+        elif word not in _NEUTRAL_WORDS and word not in _LINKING_WORDS:
             rest.append(word)
     if set(roles) == {"train", "validation"}:  # `train_val`: both, to train on
         roles = ["train"]
@@ -75,6 +95,9 @@ def split_words(names: Collection[str]) -> dict[str, str]:
 
     `seg_train` is a split only beside `seg_test`; `test_tube` and `training_shoe` are not.
     """
+    short = {name: _SHORT_ROLES[name.lower()] for name in names if name.lower() in _SHORT_ROLES}
+    if len(short) == len(names) > 1 and "train" in short.values():
+        return short
     found = {name: word for name in names if (word := split_word(name)) is not None}
     plain = {name: word.role for name, word in found.items() if not word.rest}
     weak = {name: word for name, word in found.items() if word.rest}
@@ -117,6 +140,30 @@ def are_numbered_parts(names: Collection[str]) -> bool:
     return bool(only) and ("part" in only or "fold" in only or all(word in _PARTS for word in only))
 
 
+def splits_by_class(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Split word and class of names that join the two: `trainA`, `trainB`, `testA`, `testB`; else nothing."""
+    words = {name: word for name in names if (word := split_word(name)) is not None and word.rest}
+    roles: dict[tuple[str, ...], set[str]] = {}
+    for word in words.values():
+        roles.setdefault(word.rest, set()).add(word.role)
+    joined = [rest for rest, found in roles.items() if len(found) > 1 and "train" in found]
+    if len(joined) < 2:
+        return {}
+    return {name: (word.role, _spelled(name, word.rest)) for name, word in words.items() if word.rest in joined}
+
+
+def _spelled(name: str, words: tuple[str, ...]) -> str:
+    """The words as `name` spells them."""
+    parts = [part for part in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name) if part.lower() in words]
+    return " ".join(parts) or " ".join(words)
+
+
+def are_ids(names: Collection[str]) -> bool:
+    """Whether all names are numbers, or one word and a number: `8863`, `patient_01`, `p12`, but not `class_1`."""
+    words = {word for name in names for word in _words(name) if len(word) > 2}
+    return len(words) <= 1 and not words & _CLASS_WORDS and all(any(map(str.isdigit, name)) for name in names)
+
+
 def is_resolution(name: str) -> bool:
     """`224px`, `64x64`, `images_512x512`."""
     return _RESOLUTION.fullmatch(name.lower()) is not None
@@ -135,8 +182,9 @@ def has_variant_word(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Lower-case words without digits: `trainData2017` is `train`, `data`."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", name))
+    """Lower-case words without digits and accents: `trainData2017` is `train`, `data`."""
+    bare = "".join(char for char in unicodedata.normalize("NFD", name) if not unicodedata.combining(char))
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", bare))
     joined = re.sub(r"\b(hold|held)[-_ ]+out\b", "holdout", spaced.lower())
     return [word for word in re.split(r"[\W\d_]+", joined) if word]
 

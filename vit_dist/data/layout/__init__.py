@@ -16,6 +16,7 @@ from vit_dist.data.layout.reading import FileNames, Reading
 from vit_dist.data.layout.refusals import (
     check_empty_classes,
     refuse_copies,
+    refuse_joined_names,
     refuse_loose_images,
     refuse_variants,
 )
@@ -77,6 +78,7 @@ def _splits(reading: Reading, tree: Folder) -> dict[str, dict[str, str]]:
     if splits is None:
         if reading.named:
             assign(reading, list(base.filled))  # says that there are no such splits
+        refuse_joined_names(reading, base)
         refuse_variants(reading, base)
         splits = {"train": base}
     bases = unwrap_splits(reading, splits)

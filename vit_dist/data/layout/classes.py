@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from vit_dist.data.layout.reading import Reading, plural
 from vit_dist.data.layout.tree import Folder, below
 from vit_dist.data.listing import listed
-from vit_dist.data.split_words import is_container, is_mask
+from vit_dist.data.split_words import are_ids, is_container, is_mask, is_variant, split_word
 from vit_dist.errors import UserError
 
 
@@ -22,8 +22,11 @@ def map_classes(reading: Reading, bases: Mapping[str, Folder]) -> dict[str, dict
         return tops
     names = {role: {leaf.path: below(bases[role], leaf) for leaf in leaves[role]} for role in bases}
     by_leaf = _leaf_classes(names)
+    if reading.class_folders == "leaf":
+        reading.notes.append(_leaf_note(tops["train"], by_leaf["train"]))
+        return by_leaf
     _judge_nesting(reading, bases["train"], tops["train"], by_leaf["train"])
-    return by_leaf if reading.class_folders == "leaf" else tops
+    return tops
 
 
 def _class_leaves(reading: Reading, base: Folder) -> Iterator[Folder]:
@@ -51,23 +54,71 @@ def _without_masks(reading: Reading, folder: Folder) -> Iterator[Folder]:
 def _judge_nesting(reading: Reading, base: Folder, tops: Mapping[str, str], leaves: Mapping[str, str]) -> None:
     """Say that class folders hold folders; raise if it cannot be told which of them are the classes."""
     top_names, leaf_names = sorted(set(tops.values())), sorted(set(leaves.values()))
-    top_text = f"{len(top_names):,} top folder{plural(len(top_names))} ({listed(top_names, room=60)})"
-    leaf_text = f"{len(leaf_names):,} leaf folders ({listed(leaf_names, room=80)})"
-    if reading.class_folders == "leaf":
-        paths = [name for name in leaf_names if "/" in name]
-        also = f"; the same name lies in several folders, so by path: {listed(paths, room=80)}" if paths else ""
-        reading.notes.append(f"--class_folders leaf: classes are the {leaf_text}{also}")
-        return
+    top_text, leaf_text = _top_text(top_names), f"{len(leaf_names):,} leaf folders ({listed(leaf_names, room=80)})"
     direct = any(child.images for child in base.filled.values())
-    shared = bool(_shared_leaves(tops))
-    if reading.class_folders is None and not direct and not shared and len(leaf_names) > len(top_names):
-        raise UserError(
-            f"{reading.where(base)}: class folders hold folders: {top_text} hold {leaf_text}. Pass --class_folders "
-            "top to make the former the classes, --class_folders leaf for the latter"
-        )
+    if reading.class_folders is None and not direct:
+        shared = _shared_leaves(tops)
+        if not shared and len(leaf_names) > len(top_names):
+            raise UserError(
+                f"{reading.where(base)}: class folders hold folders: {top_text} hold {leaf_text}. Pass --class_folders "
+                "top to make the former the classes, --class_folders leaf for the latter"
+            )
+        if same := _classes_in_each_top(tops, shared):
+            inside = split_word(base.name) is not None
+            splits = "" if inside else "; or --train_split NAME and --test_split NAME if the top folders are splits"
+            raise UserError(
+                f"{reading.where(base)}: {top_text} share the folder names {listed(same, room=60)}. Pass "
+                "--class_folders leaf if these are the classes (it merges folders of one name), --class_folders top if "
+                f"the top folders are{splits}"
+            )
     reading.notes.append(
         f"class folders hold folders: classes are the {top_text}; --class_folders leaf takes {leaf_text}"
     )
+
+
+def _top_text(names: list[str]) -> str:
+    return f"{len(names):,} top folder{plural(len(names))} ({listed(names, room=60)})"
+
+
+def _leaf_note(tops: Mapping[str, str], leaves: Mapping[str, str]) -> str:
+    """What `--class_folders leaf` makes of the folders."""
+    names = sorted(set(leaves.values()))
+    note = f"--class_folders leaf: classes are the {len(names):,} leaf folders ({listed(names, room=80)})"
+    if paths := [name for name in names if "/" in name]:
+        return f"{note}; the same name lies in several folders, so by path: {listed(paths, room=80)}"
+    if len(leaves) > len(names):
+        return f"{note}, merged over {_top_text(sorted(set(tops.values())))}"
+    return note
+
+
+def _classes_in_each_top(tops: Mapping[str, str], shared: set[str]) -> list[str]:
+    """Leaf folders that may be the classes, because the top folders are rather sites, patients or splits.
+
+    `cat/indoor`, `cat/outdoor`, `dog/indoor`, `dog/outdoor` is not that, nor are years within `cat` and `dog`.
+
+    Args:
+        tops: Top folder of each leaf's path.
+        shared: Names of leaves that lie in more than one top folder.
+    """
+    top_names = set(tops.values())
+    held = Counter(name for name, _ in {(same_name(path.rpartition("/")[2]), top) for path, top in tops.items()})
+    names = sorted(name for name in shared if not is_container(name) and not is_variant(name))
+    if not names:
+        return []
+    if are_ids(top_names):
+        return names if len(names) > 1 and len(names) == len(held) else []
+    if are_ids(names) and not _counts_up(names):
+        return []
+    common = [name for name in names if 2 * held[name] >= len(top_names)]
+    return common if len(common) > max(1, len(top_names)) else []
+
+
+def _counts_up(names: list[str]) -> bool:
+    """Whether the names are 0, 1, 2 ... or 1, 2, 3 ..., which are rather classes than years or patients."""
+    if not all(name.isascii() and name.isdigit() for name in names):
+        return False
+    numbers = sorted(map(int, names))
+    return numbers[0] in (0, 1) and numbers[-1] - numbers[0] == len(numbers) - 1
 
 
 def refuse_foreign_split(reading: Reading, mapping: Mapping[str, dict[str, str]], bases: Mapping[str, Folder]) -> None:
@@ -89,7 +140,7 @@ def _shared_leaves(tops: Mapping[str, str]) -> set[str]:
     owner: dict[str, str] = {}
     shared = set()
     for path, top in tops.items():
-        name = path.rpartition("/")[2]
+        name = same_name(path.rpartition("/")[2])
         if owner.setdefault(name, top) != top:
             shared.add(name)
     return shared
@@ -98,16 +149,20 @@ def _shared_leaves(tops: Mapping[str, str]) -> set[str]:
 def _leaf_classes(names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """The classes by leaf folder: its name, or its path below the split if another path ends in the same name.
 
-    `names`: role -> folder -> path below the split. The same path in two splits is the same class.
+    If every name lies in several top folders of the training split, the name alone is the class. The same path in two
+    splits is the same class. `names`: role -> folder -> path below the split.
     """
-    paths = {same_name(path): path for folders in names.values() for path in folders.values()}
-    counts = Counter(path.rpartition("/")[2] for path in paths)
+    train = {path: path.partition("/")[0] for path in names["train"].values()}
+    merged = {same_name(path.rpartition("/")[2]) for path in train} == _shared_leaves(train)
+    counts = Counter(
+        path.rpartition("/")[2] for path in {same_name(p) for below in names.values() for p in below.values()}
+    )
     made: dict[str, dict[str, str]] = {}
     for role, folders in names.items():
         made[role] = {}
         for folder, path in folders.items():
             last = path.rpartition("/")[2]
-            made[role][folder] = last if counts[same_name(last)] == 1 else path
+            made[role][folder] = last if merged or counts[same_name(last)] == 1 else path
     return made
 
 

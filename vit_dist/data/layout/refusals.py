@@ -15,8 +15,26 @@ from vit_dist.data.split_words import (
     is_mask,
     is_resolution,
     is_variant,
+    splits_by_class,
 )
 from vit_dist.errors import UserError
+
+
+def refuse_joined_names(reading: Reading, base: Folder) -> None:
+    """Raise for `trainA`, `trainB`, `testA`, `testB`, whose names join a split and a class."""
+    joined = splits_by_class(list(base.filled))
+    if reading.class_folders or not joined:
+        return
+    name = min(joined, key=lambda name: (joined[name][0] != "train", name))
+    if any(base.filled[one].nested for one in joined):
+        way = f"choose splits with --train_split {shortened(name, 30)} --test_split NAME"
+    else:
+        role, rest = joined[name]
+        way = f"move {shortened(name, 30)} to {role}/{shortened(rest, 30)}, and so on"
+    raise UserError(
+        f"{reading.where(base)}: {listed(sorted(joined), room=100)} join the names of splits and classes: {way}, or "
+        "pass --class_folders top if each folder is a class"
+    )
 
 
 def refuse_variants(reading: Reading, base: Folder) -> None:
