@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -155,17 +156,29 @@ def _paths(words: Iterable[str]) -> set[str]:
 
 def _names_of_images(index: FolderIndex, asked: set[str]) -> set[str]:
     """Those of the words that are an image's name, its name without the suffix, or either behind its folder's name."""
+    last = {word.rpartition("/")[2] for word in asked}
     wanted = pa.array(sorted(asked), pa.string())
     found: set[str] = set()
     for start in range(0, len(index.images), _ROWS_AT_ONCE):
         paths = index.images.slice(start, _ROWS_AT_ONCE)
-        tails = pc.replace_substring_regex(paths, r"^.*/([^/]+/[^/]+)$", r"\1")
-        names = pc.replace_substring_regex(tails, r"^.*/", "")
+        names = _last_parts(paths, "/")
+        suffixes = {end.rpartition(".")[2] for end in pc.unique(pc.utf8_slice_codeunits(names, -6)).to_pylist()}
+        files = pa.array(
+            sorted(last.union(*({f"{word}.{suffix}" for word in last} for suffix in suffixes))), pa.string()
+        )
+        matched = pc.is_in(names, value_set=files)
+        names, tails = names.filter(matched), paths.filter(matched)
+        tails = pc.replace_substring_regex(tails, r"^.*/([^/]+/[^/]+)$", r"\1")
         for forms in (tails, names):
             for column in (forms, pc.replace_substring_regex(forms, r"\.[^./]*$", "")):
                 found |= set(pc.unique(column.filter(pc.is_in(column, value_set=wanted))).to_pylist())
     folders = {part for folder in index.folders for part in folder.split("/")}
     return found - folders
+
+
+def _last_parts(paths: pa.Array, separator: str) -> pa.Array:
+    parts = pc.split_pattern(paths, separator, max_splits=1, reverse=True)
+    return parts.flatten().take(pa.array(np.diff(parts.offsets.to_numpy()).cumsum() - 1))
 
 
 def _tells(file: str, words: _Words, named: set[str]) -> bool:
