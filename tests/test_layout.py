@@ -119,6 +119,8 @@ READ: list[tuple[str, dict[str, str]]] = [
     ("meta/train.txt meta/classes.json images/a/x.jpg images/b/x.jpg", AB),
     (each("asl_train/asl_train asl_test/asl_test"), ABT),
     (each("train test val train2/train train2/test".replace("train2", "chest")), ABVT),
+    (each("Plants/Plants/train Plants/Plants/valid") + " test/test/x.jpg*4", ABV),
+    (each("Plants/train Plants/valid") + " test/x.jpg*4", ABV),
     # Splits within the classes
     ("a/train/x.jpg a/test/x.jpg b/train/y.jpg b/test/y.jpg", ABT),
     ("D2/a/train/x.jpg D2/a/val/x.jpg D2/b/train/y.jpg D2/b/val/y.jpg", ABV),
@@ -134,7 +136,17 @@ READ: list[tuple[str, dict[str, str]]] = [
     ("class_1/x.jpg class_2/x.jpg", {"train": "class_1 class_2"}),
     ("with_mask/x.jpg without_mask/x.jpg", {"train": "with_mask without_mask"}),
     ("mask/x.jpg no_mask/x.jpg", {"train": "mask no_mask"}),
-    ("hats/x.jpg masks/x.jpg gloves/x.jpg", {"train": "gloves hats masks"}),
+    ("hats/x.jpg mask/x.jpg gloves/x.jpg", {"train": "gloves hats mask"}),
+    ("masks/x.jpg no_masks/x.jpg", {"train": "masks no_masks"}),
+    (
+        "screenshots/x.jpg documents/x.jpg docs/x.jpg unknown/x.jpg other/x.jpg background/x.jpg none/x.jpg",
+        {"train": "background docs documents none other screenshots unknown"},
+    ),
+    (
+        "negative/x.jpg positive/x.jpg results/x.jpg".replace("results", "Photocopy"),
+        {"train": "Photocopy negative positive"},
+    ),
+    ("floor%(1)/x.jpg floor%(2)/x.jpg roof/x.jpg", {"train": "floor (1) floor (2) roof"}),
     ("small/x.jpg large/x.jpg", {"train": "large small"}),
     ("photo/x.jpg drawing/x.jpg", {"train": "drawing photo"}),
     (each("train test", "train car"), {"train": "car train", "test": "car train"}),
@@ -160,6 +172,13 @@ READ: list[tuple[str, dict[str, str]]] = [
 def test_one_sensible_reading_is_used(files, classes):
     assert shape(read(files)) == classes
 
+
+# fmt: off
+NO_CLASSES = [
+    "results", "Plots", "outputs", "logs", "predictions", "annotations", "masks", "unlabeled", "un_labelled",
+    "unannotated", "unsorted", "dogs%-%Copy", "Copy%of%dogs", "dogs%(1)", "dogs_copy", "Dogs%copy%2",
+]
+# fmt: on
 
 REFUSED: list[tuple[str, list[str]]] = [
     # No class folders
@@ -200,7 +219,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("train/steam/x.jpg train/diesel/x.jpg car/x.jpg plane/x.jpg", ["--train_split train", "--class_folders top"]),
     (each("train test") + " car/x.jpg plane/x.jpg ship/x.jpg", ["--train_split train", "--class_folders top"]),
     (each("test val"), ["no split to train on", "--train_split"]),
-    (each("fit dev test"), ["--train_split NAME"]),
+    (each("fit dev test"), ["--train_split fit"]),
     (each("train2014 train2017 val2017"), ["2 folders for train", "--train_split"]),
     (each("train test_a test_b".replace("test_a", "test1").replace("test_b", "test2")), ["--test_split"]),
     # Splits within some classes
@@ -229,6 +248,14 @@ REFUSED: list[tuple[str, list[str]]] = [
     (each("amazon/images dslr/images webcam/images", "bike desk mug pen"), ["amazon, dslr", "bike, desk", "leaf"]),
     (each("site_a site_b", "0 1 2 3"), ["site_a, site_b", "0, 1, 2, 3", "leaf", "top"]),
     (each("train/art train/photo test/art test/photo", "bike mug pen"), ["D/train", "art, photo", "leaf", "top"]),
+    # Folders beside classes that are none
+    *(
+        (f"cats/x.jpg dogs/x.jpg {name}/x.jpg", [name.replace("%", " "), "move", "--class_folders top"])
+        for name in NO_CLASSES
+    ),
+    (each("train test", "cats dogs results"), ["D/train", "results"]),
+    # Splits beside a test folder
+    (each("Plants/Plants/train Plants/Plants/valid") + " " + each("test"), ["move it there", "--data D/Plants/Plants"]),
     # Names that join a split and a class
     ("trainA/x.jpg trainB/x.jpg testA/x.jpg testB/x.jpg", ["move trainA to train/A", "--class_folders top"]),
     ("cat_train/x.jpg dog_train/x.jpg cat_test/x.jpg dog_test/x.jpg", ["move cat_train to train/cat"]),
@@ -258,6 +285,12 @@ def test_several_readings_or_none_are_refused_with_the_way_out(files, said):
 CHOSEN: list[tuple[str, dict[str, str], dict[str, str]]] = [
     (each("train") + " test/x.jpg*4", {"test_split": "none"}, AB),
     (each("fit dev test"), {"train_split": "fit"}, ABVT),
+    ("cats/x.jpg dogs/x.jpg results/x.jpg", {"class_folders": "top"}, {"train": "cats dogs results"}),
+    (
+        each("amazon webcam", "bike mug pen"),
+        {"train_split": "amazon", "test_split": "webcam"},
+        {"train": "bike mug pen", "test": "bike mug pen"},
+    ),
     (each("train2014 train2017 val2017"), {"train_split": "train2017"}, ABV),
     (each("fold_1 fold_2 fold_3"), {"train_split": "fold_1", "validation_split": "fold_2"}, ABV),
     (each("archive/fit archive/rest"), {"train_split": "fit", "test_split": "rest"}, ABT),
@@ -314,6 +347,7 @@ def test_flags_choose_between_readings(files, options, classes):
         ("a/x.jpg b/x.jpg c/ d/", "2 empty folders, no class: c, d"),
         ("a/x.jpg b/x.jpg notes/x.txt*3", "notes (3 .txt)"),
         (each("train") + " test/", "no images in test/"),
+        (each("Plants/train Plants/valid") + " test/x.jpg", "reads Plants/, which holds the splits"),
     ],
 )
 def test_what_was_decided_is_said(files, note):

@@ -51,6 +51,11 @@ _ASIDE = frozenset([
     "docs", "doc", "documentation", "assets", "screenshots", "thumbnails", "thumbs", "previews", "notebooks", "scripts",
     "logs", "runs", "output", "outputs", "results", "plots", "checkpoints",
 ])
+_NO_CLASSES = frozenset([
+    "results", "plots", "output", "outputs", "logs", "predictions", "preds", "annotations", "masks", "groundtruth",
+    "segmentations", "heatmaps", "checkpoints", "thumbnails", "unlabeled", "unlabelled", "unannotated", "unsorted",
+    "untagged", "tosort",
+])
 _VARIANTS = frozenset([
     "original", "originals", "orig", "raw", "augmented", "augmentation", "augmentations", "aug", "processed",
     "preprocessed", "cropped", "crops", "resized", "full", "complete", "small", "medium", "large", "mini", "tiny",
@@ -64,6 +69,12 @@ _PARTS = frozenset([
     "fold", "folds", "kfold", "cv", "split", "batch", "shard", "chunk", "part", "data", "dataset", "set", "image",
     "images", "img", "imgs", "pics", "photos", "pictures",
 ])  # fmt: skip
+_COPY_WORD = "(?:copy|kopie|kopia|copie|copia|kopi)"
+_COPIES = [
+    re.compile(rf"(.+?)[ _]*[-\u2013_ ] *{_COPY_WORD}(?:[ _]*\(?\d+\)?)?", re.IGNORECASE),
+    re.compile(rf"{_COPY_WORD} (?:of|von|de|di|van|av) (.+)", re.IGNORECASE),
+    re.compile(r"(.+?) ?\(\d+\)"),
+]
 _RESOLUTION = re.compile(r"(\D{0,12}[-_ ])?\d{2,4}(px|p|x\d{2,4}(px)?)|(size|res|resolution|px)[-_ ]?\d{2,4}")
 _SIZE = re.compile(r"\d{2,4}x\d{2,4}|\d{2,4}px")
 
@@ -129,6 +140,21 @@ def is_aside(name: str) -> bool:
 def is_extra(name: str) -> bool:
     """Whether a folder of this name holds what belongs to images, and none to classify."""
     return is_mask(name) or is_aside(name)
+
+
+def no_class(name: str, siblings: Collection[str]) -> str | None:
+    """Why a folder among class folders is hardly a class; None if it may well be one.
+
+    `screenshots`, `documents`, `unknown`, `other`, `background`, `none` and `mask` are classes of real data sets.
+    """
+    if "".join(_words(name)) in _NO_CLASSES:
+        return "may hold no images of a class"
+    folded = {sibling.casefold().strip() for sibling in siblings if sibling != name}
+    for pattern in _COPIES:
+        matched = pattern.fullmatch(name.strip())
+        if matched and matched[1].casefold().strip() in folded:
+            return f"may be a copy of {matched[1].strip()}"
+    return None
 
 
 def are_numbered_parts(names: Collection[str]) -> bool:

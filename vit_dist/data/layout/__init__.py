@@ -18,6 +18,7 @@ from vit_dist.data.layout.refusals import (
     refuse_copies,
     refuse_joined_names,
     refuse_loose_images,
+    refuse_no_classes,
     refuse_variants,
 )
 from vit_dist.data.layout.splits import assign, splits_above
@@ -85,6 +86,7 @@ def _splits(reading: Reading, tree: Folder) -> dict[str, dict[str, str]]:
     for role, folder in bases.items():
         refuse_loose_images(reading, folder, role)
         refuse_copies(reading, folder)
+        refuse_no_classes(reading, folder)
         check_empty_classes(reading, folder, role)
     mapping = map_classes(reading, bases)
     refuse_foreign_split(reading, mapping, bases)

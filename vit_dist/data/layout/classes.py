@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 
 from vit_dist.data.layout.reading import Reading, plural
 from vit_dist.data.layout.tree import Folder, below
-from vit_dist.data.listing import listed
+from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split_words import are_ids, is_container, is_mask, is_variant, split_word
 from vit_dist.errors import UserError
+
+_PAIR = ("train", "test")
 
 
 def map_classes(reading: Reading, bases: Mapping[str, Folder]) -> dict[str, dict[str, str]]:
@@ -65,7 +67,10 @@ def _judge_nesting(reading: Reading, base: Folder, tops: Mapping[str, str], leav
             )
         if same := _classes_in_each_top(tops, shared):
             inside = split_word(base.name) is not None
-            splits = "" if inside else "; or --train_split NAME and --test_split NAME if the top folders are splits"
+            named = " ".join(
+                f"--{role}_split {shortened(top, 30)}" for role, top in zip(_PAIR, top_names, strict=False)
+            )
+            splits = "" if inside else f"; or {named} if the top folders are splits"
             raise UserError(
                 f"{reading.where(base)}: {top_text} share the folder names {listed(same, room=60)}. Pass "
                 "--class_folders leaf if these are the classes (it merges folders of one name), --class_folders top if "

@@ -15,9 +15,24 @@ from vit_dist.data.split_words import (
     is_mask,
     is_resolution,
     is_variant,
+    no_class,
     splits_by_class,
 )
 from vit_dist.errors import UserError
+
+
+def refuse_no_classes(reading: Reading, folder: Folder) -> None:
+    """Raise for `results`, `unlabelled` or `dogs - Copy` beside at least two class folders."""
+    filled = folder.filled
+    why = {name: reason for name in filled if (reason := no_class(name, filled))}
+    if reading.class_folders or not why or len(filled) - len(why) < 2:
+        return
+    name, reason = next(iter(why.items()))
+    others = [one for one in filled if one not in why]
+    raise UserError(
+        f"{reading.where(folder)}: {shortened(name)} beside the class folders {listed(others, room=80)} "
+        f"{shortened(reason, 90)}: move {shortened(name)} elsewhere, or pass --class_folders top if it is a class"
+    )
 
 
 def refuse_joined_names(reading: Reading, base: Folder) -> None:

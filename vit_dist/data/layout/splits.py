@@ -8,7 +8,7 @@ from vit_dist.data.columns import ROLES, SPLIT_NAMES
 from vit_dist.data.layout.reading import Reading
 from vit_dist.data.layout.tree import Folder, forgotten
 from vit_dist.data.listing import counted, listed, shortened
-from vit_dist.data.split_words import is_aside, split_word, split_words
+from vit_dist.data.split_words import is_aside, is_container, split_word, split_words
 from vit_dist.errors import UserError
 
 
@@ -23,6 +23,8 @@ def splits_above(reading: Reading, base: Folder) -> dict[str, Folder] | None:
     rest = [filled[name] for name in filled if name not in by_name]
     if not rest:
         return _take(reading, base, by_name)
+    if (beside := _splits_beside_test(reading, base, by_name, rest)) is not None:
+        return beside
     members = [filled[name] for name in by_name]
     roles = set(by_name.values())
     nested = any(not child.images for child in members)
@@ -35,6 +37,32 @@ def splits_above(reading: Reading, base: Folder) -> dict[str, Folder] | None:
     if _surely_splits(reading, filled, by_name):
         return _take(reading, base, by_name)
     raise _either(reading, base, by_name, rest)
+
+
+def _splits_beside_test(
+    reading: Reading, base: Folder, by_name: Mapping[str, str], rest: list[Folder]
+) -> dict[str, Folder] | None:
+    """`data/train`, `data/valid` beside `test` without labels: the former. Raises `UserError` if it has labels."""
+    inner = rest[0]
+    while len(inner.filled) == 1 and not inner.images:
+        (inner,) = inner.filled.values()
+    within = split_words(inner.filled)
+    if len(rest) > 1 or "train" in by_name.values() or "train" not in within.values():
+        return None
+    members = [base.filled[name] for name in by_name]
+    if any(not _has_no_labels(leaf) for child in members for leaf in child.leaves()):
+        raise UserError(
+            f"{reading.where(base)}: {listed(sorted(by_name), room=60)} may belong to the splits in "
+            f"{shortened(inner.path, 80)}: move it there, or read them alone with {reading.data_flag(inner)}"
+        )
+    reading.notes.append(f"reads {shortened(inner.path)}/, which holds the splits")
+    reading.unused += [child.path for child in members]
+    return _take(reading, inner, within)
+
+
+def _has_no_labels(leaf: Folder) -> bool:
+    """Whether the name of a folder with images is that of a split, or says nothing."""
+    return split_word(leaf.name) is not None or is_container(leaf.name)
 
 
 def _surely_splits(reading: Reading, filled: Mapping[str, Folder], by_name: Mapping[str, str]) -> bool:
@@ -52,7 +80,7 @@ def _surely_splits(reading: Reading, filled: Mapping[str, Folder], by_name: Mapp
 def _either(reading: Reading, base: Folder, by_name: Mapping[str, str], rest: list[Folder]) -> UserError:
     splits, others = listed(sorted(by_name), room=80), listed([child.name for child in rest], room=80)
     train = next((name for name, role in by_name.items() if role == "train"), None)
-    take = f"--train_split {shortened(train)}" if train else "--train_split NAME"
+    take = f"--train_split {shortened(train or max(rest, key=lambda child: child.total).name)}"
     return UserError(
         f"{reading.where(base)}: {splits} may be splits, but {others} beside them are not: pass {take} if they are "
         "splits, or --class_folders top if every folder is a class"
