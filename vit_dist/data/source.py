@@ -21,6 +21,7 @@ from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex,
 from vit_dist.data.labelled import SplitRows, labelled_tables
 from vit_dist.data.layout import Layout
 from vit_dist.data.listing import counted, listed, shortened
+from vit_dist.data.mask_files import without_masks
 from vit_dist.data.shards import require_labels
 from vit_dist.data.split import hold_out
 from vit_dist.data.split_column import find_split_column
@@ -226,12 +227,18 @@ def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[s
                 f"--{flag} {shortened(value, 100)}: {shortened(str(root), 150)} holds class folders and no table that "
                 f"names images; leave --{flag} out, or pass the table with --data"
             )
-    made = class_tables(root, index, layout)
+    images, masks = without_masks(index)
+    made = class_tables(root, images, layout)
     num_classes = len(layout.classes)
     notes = [f"image folder, {num_classes} class{'es' if num_classes != 1 else ''}", *folder_notes(index)]
     unused = [*layout.unused, *(f"{file} (no labels are taken from it)" for file in tables)]
     columns = [note for file in tables[:_TABLES_SHOWN] if (note := _columns(root, file))]
-    return Source(made, None, _describe(str(root), notes, made, unused), notes=[*layout.notes, *columns])
+    return Source(
+        made,
+        None,
+        _describe(str(root), notes, made, unused),
+        notes=[*layout.notes, *columns, *([masks] if masks else [])],
+    )
 
 
 def _columns(root: Path, file: str) -> str | None:
