@@ -12,7 +12,7 @@ from vit_dist.errors import UserError
 from vit_dist.options import DataOptions
 
 
-def read(files: str, **options: str) -> Layout:
+def read(files: str, root: str = "D", **options: str) -> Layout:
     """The layout of a folder with these files, `*3` of some; `x/` is an empty folder."""
     images: Counter[str] = Counter()
     others: dict[str, dict[str, int]] = {}
@@ -33,9 +33,9 @@ def read(files: str, **options: str) -> Layout:
             counts = others.setdefault(folder, {})
             counts[suffix] = counts.get(suffix, 0) + number
     return read_layout(
-        "D",
+        root,
         images,
-        DataOptions(data="D", **options),  # type: ignore[arg-type]
+        DataOptions(data=root, **options),  # type: ignore[arg-type]
         directories=directories,
         others=others,
         file_names=lambda folder: names.get(folder, set()),
@@ -381,3 +381,22 @@ def test_messages_stay_short_with_many_and_long_names():
     assert len(str(caught.value)) < 500 and "999 more" in str(caught.value)
     flat = read(" ".join(f"{name}/x.jpg" for name in long) + " " + " ".join(f"{name}e/" for name in long))
     assert max(map(len, flat.notes)) < 300
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        each("fold_1{x} fold_2{x}", "cat{x} dog{x}"),
+        each("site{x} other{x}", "bike{x} mug{x} pen{x}"),
+        each("8863 8864", "cat{x} dog{x} emu{x}"),
+        "cat{x}/x.jpg dog{x}/x.jpg cat{x}_copy/x.jpg",
+        "trainA{x}/x.jpg trainB{x}/x.jpg testA{x}/x.jpg testB{x}/x.jpg",
+        each("Plants{x}/train Plants{x}/val test", "cat{x} dog{x}"),
+        each("a{x}/train a{x}/val b{x}/train b{x}/val", "cat{x} dog{x}"),
+        each("train test", "cat{x} dog{x}") + " car{x}/x.jpg bus{x}/x.jpg van{x}/x.jpg",
+    ],
+)
+def test_messages_about_long_paths_and_names_stay_short(folders):
+    with pytest.raises(UserError) as caught:
+        read(folders.replace("{x}", "x" * 180), root="/" + "long/" * 78)
+    assert len(str(caught.value)) < 500

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from vit_dist.options import DataOptions
 
+_LONG_MESSAGE = 400  # characters
 _TABLES_SHOWN = 3  # whose columns are printed
 _SPREADSHEETS = ("xlsx", "xls", "xlsm", "xlsb", "ods", "numbers")
 
@@ -146,13 +147,20 @@ def _refuse_unread_tables(root: Path, index: FolderIndex, known: list[str]) -> N
                 image_column(rows.table.features, None, shortened(str(root / file), 100))
             except UserError as error:
                 raise UserError(
-                    f"{error}; it names images of this folder: correct it, or pass --class_folders top to ignore it"
+                    f"{_short_paths(error, root)}; it names images of this folder: correct it, or pass "
+                    "--class_folders top to ignore it"
                 ) from None
         raise UserError(
             f"{shortened(str(root / file), 150)} names images of this folder and is not read: it may label them or "
             "assign them to splits. Pass --class_folders top to read the folders alone, or "
             f"--data {shortened(str(root / file), 150)} for the table"
         )
+
+
+def _short_paths(error: UserError, root: Path) -> str:
+    """The message, with a shorter path of the data folder where it is too long."""
+    message = str(error)
+    return message if len(message) < _LONG_MESSAGE else message.replace(str(root), shortened(str(root), 70))
 
 
 def _refuse_unread_splits(root: Path, layout: Layout, tables: list[str]) -> None:
@@ -199,7 +207,8 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: D
     except UserError as error:
         if layout is None:
             raise
-        raise UserError(f"{error}; or pass --class_folders top if the folders are the classes") from None
+        message = _short_paths(error, root)
+        raise UserError(f"{message}; or pass --class_folders top if the folders are the classes") from None
     if source is None and layout is not None:
         _refuse_unread_splits(root, layout, tables)
         _refuse_unread_tables(root, index, tables)

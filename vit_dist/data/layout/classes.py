@@ -68,11 +68,12 @@ def _judge_nesting(reading: Reading, base: Folder, tops: Mapping[str, str], leav
         if same := _classes_in_each_top(tops, shared):
             inside = split_word(base.name) is not None
             named = " ".join(
-                f"--{role}_split {shortened(top, 30)}" for role, top in zip(_PAIR, top_names, strict=False)
+                f"--{role}_split {shortened(top, 24)}" for role, top in zip(_PAIR, top_names, strict=False)
             )
             splits = "" if inside else f"; or {named} if the top folders are splits"
+            shared_text = listed([shortened(name, 40) for name in same], room=60)
             raise UserError(
-                f"{reading.where(base)}: {top_text} share the folder names {listed(same, room=60)}. Pass "
+                f"{reading.where(base)}: {top_text} share the folder names {shared_text}. Pass "
                 "--class_folders leaf if these are the classes (it merges folders of one name), --class_folders top if "
                 f"the top folders are{splits}"
             )

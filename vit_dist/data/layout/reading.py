@@ -33,11 +33,11 @@ class Reading:
 
     def where(self, folder: Folder) -> str:
         """The path of a folder in messages."""
-        return shortened(f"{self.root}/{folder.path}".rstrip("/"), 120)
+        return shortened(f"{self.root}/{folder.path}".rstrip("/"), 80)
 
     def data_flag(self, folder: Folder) -> str:
         """The flag that reads a folder alone."""
-        return f"--data {shortened(f'{self.root}/{folder.path}', 150)}"
+        return f"--data {shortened(f'{self.root}/{folder.path}', 110)}"
 
     def example(self, folder: Folder) -> str:
         """The first image of a folder, as a part of a sentence."""
