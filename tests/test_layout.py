@@ -121,6 +121,9 @@ READ: list[tuple[str, dict[str, str]]] = [
     (each("train test val train2/train train2/test".replace("train2", "chest")), ABVT),
     (each("Plants/Plants/train Plants/Plants/valid") + " test/test/x.jpg*4", ABV),
     (each("Plants/train Plants/valid") + " test/x.jpg*4", ABV),
+    ("labeled/a/x.jpg labeled/b/x.jpg unlabeled/x.jpg", AB),
+    (each("train/labeled") + " train/unlabeled/x.jpg", AB),
+    (each("Train Vali Test"), ABVT),
     # Splits within the classes
     ("a/train/x.jpg a/test/x.jpg b/train/y.jpg b/test/y.jpg", ABT),
     ("D2/a/train/x.jpg D2/a/val/x.jpg D2/b/train/y.jpg D2/b/val/y.jpg", ABV),
@@ -176,7 +179,8 @@ def test_one_sensible_reading_is_used(files, classes):
 # fmt: off
 NO_CLASSES = [
     "results", "Plots", "outputs", "logs", "predictions", "annotations", "masks", "unlabeled", "un_labelled",
-    "unannotated", "unsorted", "dogs%-%Copy", "Copy%of%dogs", "dogs%(1)", "dogs_copy", "Dogs%copy%2",
+    "unannotated", "unsorted", "pred", "New%folder", "dogs%-%Copy", "Copy%of%dogs", "dogs%(1)",
+    "dogs_copy", "Dogs%copy%2",
 ]
 # fmt: on
 
@@ -256,6 +260,10 @@ REFUSED: list[tuple[str, list[str]]] = [
     (each("train test", "cats dogs results"), ["D/train", "results"]),
     # Splits beside a test folder
     (each("Plants/Plants/train Plants/Plants/valid") + " " + each("test"), ["move it there", "--data D/Plants/Plants"]),
+    ("chats/x.jpg chiens/x.jpg test/chats/x.jpg test/chiens/x.jpg", ["D: test holds the same", "into a folder train"]),
+    ("animals/cat/x.jpg animals/dog/x.jpg results/x.jpg", ["animals, results", "--data D/animals"]),
+    ("pets/cat/x.jpg pets/dog/x.jpg unlabeled/x.jpg", ["pets, unlabeled", "--data D/pets"]),
+    ("a/abbey/x.jpg b/bar/outdoor/x.jpg b/bar/indoor/x.jpg h/hall/outdoor/x.jpg", ["a, b, h", "leaf", "top"]),
     # Names that join a split and a class
     ("trainA/x.jpg trainB/x.jpg testA/x.jpg testB/x.jpg", ["move trainA to train/A", "--class_folders top"]),
     ("cat_train/x.jpg dog_train/x.jpg cat_test/x.jpg dog_test/x.jpg", ["move cat_train to train/cat"]),

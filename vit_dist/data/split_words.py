@@ -11,6 +11,7 @@ from dataclasses import dataclass
 _ROLE_WORDS = {
     "train": "train", "training": "train", "trn": "train", "trainval": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "validate": "validation",
+    "vali": "validation",
     "dev": "validation", "devel": "validation", "development": "validation", "eval": "validation",
     "evaluation": "validation",
     "test": "test", "testing": "test", "tst": "test", "holdout": "test", "heldout": "test",
@@ -41,7 +42,7 @@ _NEUTRAL_WORDS = frozenset([
 _LINKING_WORDS = frozenset(["of", "for", "de", "di", "do", "da", "du"])  # `dados de treino`
 _CONTAINERS = _NEUTRAL_WORDS | frozenset([
     "archive", "class", "classes", "category", "categories", "content", "contents", "download", "downloads", "input",
-    "inputs", "jpegimages", "root", "rgb", "unzipped", "extracted",
+    "inputs", "jpegimages", "root", "rgb", "unzipped", "extracted", "labeled", "labelled", "annotated", "sorted",
 ])
 _MASKS = frozenset([
     "mask", "masks", "groundtruth", "gt", "segmentation", "segmentations", "segmentationclass", "segmentationobject",
@@ -49,12 +50,14 @@ _MASKS = frozenset([
 ])
 _ASIDE = frozenset([
     "docs", "doc", "documentation", "assets", "screenshots", "thumbnails", "thumbs", "previews", "notebooks", "scripts",
-    "logs", "runs", "output", "outputs", "results", "plots", "checkpoints",
+    "logs", "runs", "output", "outputs", "results", "plots", "checkpoints", "unlabeled", "unlabelled", "unannotated",
+    "unsorted", "untagged",
 ])
 _NO_CLASSES = frozenset([
     "results", "plots", "output", "outputs", "logs", "predictions", "preds", "annotations", "masks", "groundtruth",
     "segmentations", "heatmaps", "checkpoints", "thumbnails", "unlabeled", "unlabelled", "unannotated", "unsorted",
-    "untagged", "tosort",
+    "untagged", "tosort", "pred", "predict", "prediction", "newfolder", "untitledfolder", "neuerordner",
+    "nouveaudossier", "nuevacarpeta", "novapasta", "nuovacartella",
 ])
 _VARIANTS = frozenset([
     "original", "originals", "orig", "raw", "augmented", "augmentation", "augmentations", "aug", "processed",

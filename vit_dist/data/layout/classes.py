@@ -60,7 +60,7 @@ def _judge_nesting(reading: Reading, base: Folder, tops: Mapping[str, str], leav
     direct = any(child.images for child in base.filled.values())
     if reading.class_folders is None and not direct:
         shared = _shared_leaves(tops)
-        if not shared and len(leaf_names) > len(top_names):
+        if (not shared or _are_initials(base)) and len(leaf_names) > len(top_names):
             raise UserError(
                 f"{reading.where(base)}: class folders hold folders: {top_text} hold {leaf_text}. Pass --class_folders "
                 "top to make the former the classes, --class_folders leaf for the latter"
@@ -79,6 +79,14 @@ def _judge_nesting(reading: Reading, base: Folder, tops: Mapping[str, str], leav
             )
     reading.notes.append(
         f"class folders hold folders: classes are the {top_text}; --class_folders leaf takes {leaf_text}"
+    )
+
+
+def _are_initials(base: Folder) -> bool:
+    """Whether the top folders sort others by their first letter: `a/abbey`, `a/airport`, `b/bar`."""
+    return all(
+        len(top) == 1 and all(name.lower().startswith(top.lower()) for name in child.filled)
+        for top, child in base.filled.items()
     )
 
 

@@ -86,8 +86,8 @@ def _no_classes(reading: Reading, base: Folder, why: str) -> UserError:
 def _several_variants(reading: Reading, base: Folder, names: list[str], same: list[str]) -> UserError:
     train, validation, *_ = short = [shortened(name, 24) for name in names]
     return UserError(
-        f"{reading.where(base)}: {listed(short, room=40)} hold the same class folders "
-        f"({listed([shortened(name, 24) for name in same], room=40)}): variants of one data set? Choose one with "
+        f"{reading.where(base)}: {listed(short, room=54)} hold the same class folders "
+        f"({listed([shortened(name, 20) for name in same], room=30)}): variants of one data set? Choose one with "
         f"{reading.data_flag(base.filled[names[0]])}, or splits with --train_split {train} --validation_split "
         f"{validation}, or pass --class_folders top if they are the classes"
     )

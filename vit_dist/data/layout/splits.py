@@ -80,6 +80,12 @@ def _surely_splits(reading: Reading, filled: Mapping[str, Folder], by_name: Mapp
 def _either(reading: Reading, base: Folder, by_name: Mapping[str, str], rest: list[Folder]) -> UserError:
     splits, others = listed(sorted(by_name), room=80), listed([child.name for child in rest], room=80)
     train = next((name for name, role in by_name.items() if role == "train"), None)
+    known = {name for member in by_name for name in base.filled[member].filled}
+    if train is None and _share([child.name for child in rest], known):
+        return UserError(
+            f"{reading.where(base)}: {splits} holds the same class folders as those beside it ({others}): move these "
+            "into a folder train, or pass --class_folders top if every folder is a class"
+        )
     take = f"--train_split {shortened(train or max(rest, key=lambda child: child.total).name)}"
     return UserError(
         f"{reading.where(base)}: {splits} may be splits, but {others} beside them are not: pass {take} if they are "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from vit_dist.data.layout.reading import Reading
 from vit_dist.data.layout.tree import Folder, forgotten
 from vit_dist.data.listing import listed, shortened
-from vit_dist.data.split_words import is_container, is_extra, is_mask, is_variant, split_word, split_words
+from vit_dist.data.split_words import is_container, is_extra, is_variant, split_word, split_words
 from vit_dist.errors import UserError
 
 
@@ -63,10 +63,10 @@ def _beside_masks(reading: Reading, folder: Folder, filled: Mapping[str, Folder]
         return None
     if is_container(data[0].name) or is_variant(data[0].name):
         return data[0]
-    if data[0].nested and not data[0].images and any(map(is_mask, filled)) and not split_word(data[0].name):
+    if data[0].nested and not data[0].images and not split_word(data[0].name):
         raise UserError(
-            f"{reading.where(folder)}: {listed(list(filled), room=100)} may be images and masks or labels of them: "
-            f"read the images with {reading.data_flag(data[0])}, or pass --class_folders top if each of them is a class"
+            f"{reading.where(folder)}: of {listed(list(filled), room=100)} only {shortened(data[0].name)} may hold "
+            f"classes: read it with {reading.data_flag(data[0])}, or pass --class_folders top if each is a class"
         )
     return None
 
