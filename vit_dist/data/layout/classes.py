@@ -6,13 +6,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from vit_dist.data.layout.reading import Reading, plural
+from vit_dist.data.layout.reading import Reading, plural, refusal
 from vit_dist.data.layout.tree import Folder, below
 from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split_words import are_ids, is_container, is_mask, is_variant, split_word
 from vit_dist.errors import UserError
-
-_PAIR = ("train", "test")
 
 
 def map_classes(reading: Reading, bases: Mapping[str, Folder]) -> dict[str, dict[str, str]]:
@@ -66,17 +64,7 @@ def _judge_nesting(reading: Reading, base: Folder, tops: Mapping[str, str], leav
                 "top to make the former the classes, --class_folders leaf for the latter"
             )
         if same := _classes_in_each_top(tops, shared):
-            inside = split_word(base.name) is not None
-            named = " ".join(
-                f"--{role}_split {shortened(top, 24)}" for role, top in zip(_PAIR, top_names, strict=False)
-            )
-            splits = "" if inside else f"; or {named} if the top folders are splits"
-            shared_text = listed([shortened(name, 40) for name in same], room=60)
-            raise UserError(
-                f"{reading.where(base)}: {top_text} share the folder names {shared_text}. Pass "
-                "--class_folders leaf if these are the classes (it merges folders of one name), --class_folders top if "
-                f"the top folders are{splits}"
-            )
+            raise refusal(lambda longest: _sites_or_classes(reading, base, top_names, same, longest))
     reading.notes.append(
         f"class folders hold folders: classes are the {top_text}; --class_folders leaf takes {leaf_text}"
     )
@@ -87,6 +75,17 @@ def _are_initials(base: Folder) -> bool:
     return all(
         len(top) == 1 and all(name.lower().startswith(top.lower()) for name in child.filled)
         for top, child in base.filled.items()
+    )
+
+
+def _sites_or_classes(reading: Reading, base: Folder, tops: list[str], same: list[str], longest: int) -> str:
+    short = [shortened(name, longest) for name in tops]
+    named = f"; or --train_split {short[0]} --test_split {short[1]} if the top folders are splits"
+    return (
+        f"{reading.where(base)}: {_top_text(short)} share the folder names "
+        f"{listed([shortened(name, longest) for name in same], room=60)}. Pass --class_folders leaf if these are the "
+        "classes (it merges folders of one name), --class_folders top if the top folders are"
+        f"{named if split_word(base.name) is None else ''}"
     )
 
 

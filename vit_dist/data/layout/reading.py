@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from vit_dist.data.columns import ROLES
 from vit_dist.data.layout.tree import Folder
 from vit_dist.data.listing import shortened
+from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
 
+_LONGEST_MESSAGE = 480  # characters
 FileNames = Callable[[str], set[str]]  # of the images that lie directly in a folder
 
 
@@ -54,3 +56,9 @@ class Reading:
 def plural(count: int) -> str:
     """The ending of a noun."""
     return "" if count == 1 else "s"
+
+
+def refusal(message: Callable[[int], str]) -> UserError:
+    """The message with names as long as fit into it; `message` takes the characters of one name."""
+    texts = [message(longest) for longest in (60, 30, 18)]
+    return UserError(next((text for text in texts if len(text) < _LONGEST_MESSAGE), texts[-1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vit_dist.data.layout.reading import Reading, plural
+from vit_dist.data.layout.reading import Reading, plural, refusal
 from vit_dist.data.layout.tree import Folder, forgotten
 from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.split_words import (
@@ -84,13 +84,16 @@ def _no_classes(reading: Reading, base: Folder, why: str) -> UserError:
 
 
 def _several_variants(reading: Reading, base: Folder, names: list[str], same: list[str]) -> UserError:
-    train, validation, *_ = short = [shortened(name, 24) for name in names]
-    return UserError(
-        f"{reading.where(base)}: {listed(short, room=54)} hold the same class folders "
-        f"({listed([shortened(name, 20) for name in same], room=30)}): variants of one data set? Choose one with "
-        f"{reading.data_flag(base.filled[names[0]])}, or splits with --train_split {train} --validation_split "
-        f"{validation}, or pass --class_folders top if they are the classes"
-    )
+    def message(longest: int) -> str:
+        train, validation, *_ = short = [shortened(name, longest) for name in names]
+        return (
+            f"{reading.where(base)}: {listed(short, room=60)} hold the same class folders "
+            f"({listed([shortened(name, longest) for name in same], room=40)}): variants of one data set? Choose one "
+            f"with {reading.data_flag(base.filled[names[0]])}, or splits with --train_split {train} --validation_split "
+            f"{validation}, or pass --class_folders top if they are the classes"
+        )
+
+    return refusal(message)
 
 
 def _same_files(reading: Reading, filled: Mapping[str, Folder], same: list[str]) -> bool:
