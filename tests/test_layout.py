@@ -12,7 +12,7 @@ from vit_dist.errors import UserError
 from vit_dist.options import DataOptions
 
 
-def read(files: str, **options: str) -> Layout:
+def read(files: str, root: str = "D", **options: str) -> Layout:
     """The layout of a folder with these files, `*3` of some; `x/` is an empty folder."""
     images: Counter[str] = Counter()
     others: dict[str, dict[str, int]] = {}
@@ -33,9 +33,9 @@ def read(files: str, **options: str) -> Layout:
             counts = others.setdefault(folder, {})
             counts[suffix] = counts.get(suffix, 0) + number
     return read_layout(
-        "D",
+        root,
         images,
-        DataOptions(data="D", **options),  # type: ignore[arg-type]
+        DataOptions(data=root, **options),  # type: ignore[arg-type]
         directories=directories,
         others=others,
         file_names=lambda folder: names.get(folder, set()),
@@ -88,6 +88,16 @@ READ: list[tuple[str, dict[str, str]]] = [
     (each("train"), AB),
     (each("train val test extra"), ABVT),
     (each("train augmented"), AB),
+    (each("entrainement test validation"), ABVT),
+    (each("entraînement validation"), ABV),
+    (each("entrenamiento validación prueba"), ABVT),
+    (each("dados_de_treino dados_de_teste"), ABT),
+    (each("Trainingsdaten Validierungsdaten Testdaten"), ABVT),
+    (each("addestramento convalida"), ABV),
+    (each("trening test"), ABT),
+    (each("obuchenie test"), ABT),
+    (each("训练集 测试集"), ABT),
+    (each("tr te"), ABT),
     # Splits that are doubled, wrapped, or have more around them
     (each("seg_train/seg_train seg_test/seg_test"), ABT),
     (each("train/train test"), ABT),
@@ -109,6 +119,11 @@ READ: list[tuple[str, dict[str, str]]] = [
     ("meta/train.txt meta/classes.json images/a/x.jpg images/b/x.jpg", AB),
     (each("asl_train/asl_train asl_test/asl_test"), ABT),
     (each("train test val train2/train train2/test".replace("train2", "chest")), ABVT),
+    (each("Plants/Plants/train Plants/Plants/valid") + " test/test/x.jpg*4", ABV),
+    (each("Plants/train Plants/valid") + " test/x.jpg*4", ABV),
+    ("labeled/a/x.jpg labeled/b/x.jpg unlabeled/x.jpg", AB),
+    (each("train/labeled") + " train/unlabeled/x.jpg", AB),
+    (each("Train Vali Test"), ABVT),
     # Splits within the classes
     ("a/train/x.jpg a/test/x.jpg b/train/y.jpg b/test/y.jpg", ABT),
     ("D2/a/train/x.jpg D2/a/val/x.jpg D2/b/train/y.jpg D2/b/val/y.jpg", ABV),
@@ -124,7 +139,17 @@ READ: list[tuple[str, dict[str, str]]] = [
     ("class_1/x.jpg class_2/x.jpg", {"train": "class_1 class_2"}),
     ("with_mask/x.jpg without_mask/x.jpg", {"train": "with_mask without_mask"}),
     ("mask/x.jpg no_mask/x.jpg", {"train": "mask no_mask"}),
-    ("hats/x.jpg masks/x.jpg gloves/x.jpg", {"train": "gloves hats masks"}),
+    ("hats/x.jpg mask/x.jpg gloves/x.jpg", {"train": "gloves hats mask"}),
+    ("masks/x.jpg no_masks/x.jpg", {"train": "masks no_masks"}),
+    (
+        "screenshots/x.jpg documents/x.jpg docs/x.jpg unknown/x.jpg other/x.jpg background/x.jpg none/x.jpg",
+        {"train": "background docs documents none other screenshots unknown"},
+    ),
+    (
+        "negative/x.jpg positive/x.jpg results/x.jpg".replace("results", "Photocopy"),
+        {"train": "Photocopy negative positive"},
+    ),
+    ("floor%(1)/x.jpg floor%(2)/x.jpg roof/x.jpg", {"train": "floor (1) floor (2) roof"}),
     ("small/x.jpg large/x.jpg", {"train": "large small"}),
     ("photo/x.jpg drawing/x.jpg", {"train": "drawing photo"}),
     (each("train test", "train car"), {"train": "car train", "test": "car train"}),
@@ -132,6 +157,10 @@ READ: list[tuple[str, dict[str, str]]] = [
     # Class folders that hold folders
     ("cat/x.jpg cat/siamese/x.jpg dog/x.jpg", {"train": "cat dog"}),
     ("cat/2019/x.jpg*3 cat/2020/x.jpg*3 dog/2019/x.jpg*3 dog/2020/x.jpg*3", {"train": "cat dog"}),
+    (each("cat dog", "indoor outdoor"), {"train": "cat dog"}),
+    (each("cat dog", "2019 2020 2021"), {"train": "cat dog"}),
+    (each("cat dog", "raw augmented cropped"), {"train": "cat dog"}),
+    (each("benign malignant", "40X 100X 200X"), {"train": "benign malignant"}),
     ("cat/images/x.jpg dog/images/y.jpg", {"train": "cat dog"}),
     ("cat/images/x.jpg cat/masks/x.jpg dog/images/y.jpg dog/masks/y.jpg", {"train": "cat dog"}),
     ("cat/cat/x.jpg dog/dog/x.jpg", {"train": "cat dog"}),
@@ -146,6 +175,14 @@ READ: list[tuple[str, dict[str, str]]] = [
 def test_one_sensible_reading_is_used(files, classes):
     assert shape(read(files)) == classes
 
+
+# fmt: off
+NO_CLASSES = [
+    "results", "Plots", "outputs", "logs", "predictions", "annotations", "masks", "unlabeled", "un_labelled",
+    "unannotated", "unsorted", "pred", "New%folder", "dogs%-%Copy", "Copy%of%dogs", "dogs%(1)",
+    "dogs_copy", "Dogs%copy%2",
+]
+# fmt: on
 
 REFUSED: list[tuple[str, list[str]]] = [
     # No class folders
@@ -186,7 +223,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("train/steam/x.jpg train/diesel/x.jpg car/x.jpg plane/x.jpg", ["--train_split train", "--class_folders top"]),
     (each("train test") + " car/x.jpg plane/x.jpg ship/x.jpg", ["--train_split train", "--class_folders top"]),
     (each("test val"), ["no split to train on", "--train_split"]),
-    (each("fit dev test"), ["--train_split NAME"]),
+    (each("fit dev test"), ["--train_split fit"]),
     (each("train2014 train2017 val2017"), ["2 folders for train", "--train_split"]),
     (each("train test_a test_b".replace("test_a", "test1").replace("test_b", "test2")), ["--test_split"]),
     # Splits within some classes
@@ -209,6 +246,28 @@ REFUSED: list[tuple[str, list[str]]] = [
     # Class folders that hold folders
     ("fruit/apple/x.jpg fruit/pear/x.jpg milk/oat/x.jpg milk/soy/x.jpg", ["leaf", "top", "4 leaf folders", "fruit"]),
     (each("train/fruit test/fruit", "apple pear") + " " + each("train/milk test/milk", "oat soy"), ["--class_folders"]),
+    (each("8863 8864 8865", "0 1"), ["8863, 8864, 8865", "0, 1", "leaf", "top", "--train_split"]),
+    (each("patient_01 patient_02", "benign malignant"), ["patient_01", "benign, malignant", "leaf", "top"]),
+    ("p1/sick/x.jpg p2/well/x.jpg p3/sick/x.jpg p4/well/x.jpg", ["p1, p2, p3, p4", "sick, well", "leaf", "top"]),
+    (each("amazon/images dslr/images webcam/images", "bike desk mug pen"), ["amazon, dslr", "bike, desk", "leaf"]),
+    (each("site_a site_b", "0 1 2 3"), ["site_a, site_b", "0, 1, 2, 3", "leaf", "top"]),
+    (each("train/art train/photo test/art test/photo", "bike mug pen"), ["D/train", "art, photo", "leaf", "top"]),
+    # Folders beside classes that are none
+    *(
+        (f"cats/x.jpg dogs/x.jpg {name}/x.jpg", [name.replace("%", " "), "move", "--class_folders top"])
+        for name in NO_CLASSES
+    ),
+    (each("train test", "cats dogs results"), ["D/train", "results"]),
+    # Splits beside a test folder
+    (each("Plants/Plants/train Plants/Plants/valid") + " " + each("test"), ["move it there", "--data D/Plants/Plants"]),
+    ("chats/x.jpg chiens/x.jpg test/chats/x.jpg test/chiens/x.jpg", ["D: test holds the same", "into a folder train"]),
+    ("animals/cat/x.jpg animals/dog/x.jpg results/x.jpg", ["animals, results", "--data D/animals"]),
+    ("pets/cat/x.jpg pets/dog/x.jpg unlabeled/x.jpg", ["pets, unlabeled", "--data D/pets"]),
+    ("a/abbey/x.jpg b/bar/outdoor/x.jpg b/bar/indoor/x.jpg h/hall/outdoor/x.jpg", ["a, b, h", "leaf", "top"]),
+    # Names that join a split and a class
+    ("trainA/x.jpg trainB/x.jpg testA/x.jpg testB/x.jpg", ["move trainA to train/A", "--class_folders top"]),
+    ("cat_train/x.jpg dog_train/x.jpg cat_test/x.jpg dog_test/x.jpg", ["move cat_train to train/cat"]),
+    (each("train_clean train_noisy val_clean val_noisy"), ["--train_split train_clean"]),
     # Classes that would vanish
     ("a/x.jpg b/x.jpg c/x.svg*12", ["D/c", "12 .svg"]),
     ("a/x.jpg b/x.jpg c/x.cr2*3 ", ["D/c", "3 .cr2"]),
@@ -234,6 +293,12 @@ def test_several_readings_or_none_are_refused_with_the_way_out(files, said):
 CHOSEN: list[tuple[str, dict[str, str], dict[str, str]]] = [
     (each("train") + " test/x.jpg*4", {"test_split": "none"}, AB),
     (each("fit dev test"), {"train_split": "fit"}, ABVT),
+    ("cats/x.jpg dogs/x.jpg results/x.jpg", {"class_folders": "top"}, {"train": "cats dogs results"}),
+    (
+        each("amazon webcam", "bike mug pen"),
+        {"train_split": "amazon", "test_split": "webcam"},
+        {"train": "bike mug pen", "test": "bike mug pen"},
+    ),
     (each("train2014 train2017 val2017"), {"train_split": "train2017"}, ABV),
     (each("fold_1 fold_2 fold_3"), {"train_split": "fold_1", "validation_split": "fold_2"}, ABV),
     (each("archive/fit archive/rest"), {"train_split": "fit", "test_split": "rest"}, ABT),
@@ -254,6 +319,18 @@ CHOSEN: list[tuple[str, dict[str, str], dict[str, str]]] = [
         {"train": "apple fruit/other milk/other oat"},
     ),
     ("cat/x.jpg cat/siamese/x.jpg dog/x.jpg", {"class_folders": "leaf"}, {"train": "cat dog siamese"}),
+    (each("8863 8864", "0 1"), {"class_folders": "leaf"}, {"train": "0 1"}),
+    (
+        each("train/art train/photo test/art test/photo", "bike mug"),
+        {"class_folders": "leaf"},
+        {"train": "bike mug", "test": "bike mug"},
+    ),
+    (each("8863 8864", "0 1"), {"class_folders": "top"}, {"train": "8863 8864"}),
+    (
+        "trainA/x.jpg trainB/x.jpg testA/x.jpg testB/x.jpg",
+        {"class_folders": "top"},
+        {"train": "testA testB trainA trainB"},
+    ),
     ("original/x.jpg augmented/x.jpg", {"class_folders": "top"}, {"train": "augmented original"}),
     (each("224px 512px"), {"class_folders": "top"}, {"train": "224px 512px"}),
     ("train/steam/x.jpg car/x.jpg plane/x.jpg", {"class_folders": "top"}, {"train": "car plane train"}),
@@ -274,13 +351,20 @@ def test_flags_choose_between_readings(files, options, classes):
         (each("train test") + " preview.png", "1 image directly"),
         ("a/train/x.jpg a/test/x.jpg b/train/y.jpg b/test/y.jpg", "CLASS/train/"),
         ("cat/x.jpg cat/siamese/x.jpg dog/x.jpg", "class folders hold folders"),
+        (each("cat dog", "indoor outdoor"), "classes are the 2 top folders (cat, dog)"),
         ("a/x.jpg b/x.jpg c/ d/", "2 empty folders, no class: c, d"),
         ("a/x.jpg b/x.jpg notes/x.txt*3", "notes (3 .txt)"),
         (each("train") + " test/", "no images in test/"),
+        (each("Plants/train Plants/valid") + " test/x.jpg", "reads Plants/, which holds the splits"),
     ],
 )
 def test_what_was_decided_is_said(files, note):
     assert any(note in one for one in read(files).notes)
+
+
+def test_leaf_folders_of_one_name_are_merged_and_the_note_says_so():
+    notes = read(each("8863 8864", "0 1"), class_folders="leaf").notes
+    assert any("2 leaf folders (0, 1), merged over 2 top folders (8863, 8864)" in note for note in notes)
 
 
 def test_folders_that_are_left_out_are_named():
@@ -305,3 +389,22 @@ def test_messages_stay_short_with_many_and_long_names():
     assert len(str(caught.value)) < 500 and "999 more" in str(caught.value)
     flat = read(" ".join(f"{name}/x.jpg" for name in long) + " " + " ".join(f"{name}e/" for name in long))
     assert max(map(len, flat.notes)) < 300
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        each("fold_1{x} fold_2{x}", "cat{x} dog{x}"),
+        each("site{x} other{x}", "bike{x} mug{x} pen{x}"),
+        each("8863 8864", "cat{x} dog{x} emu{x}"),
+        "cat{x}/x.jpg dog{x}/x.jpg cat{x}_copy/x.jpg",
+        "trainA{x}/x.jpg trainB{x}/x.jpg testA{x}/x.jpg testB{x}/x.jpg",
+        each("Plants{x}/train Plants{x}/val test", "cat{x} dog{x}"),
+        each("a{x}/train a{x}/val b{x}/train b{x}/val", "cat{x} dog{x}"),
+        each("train test", "cat{x} dog{x}") + " car{x}/x.jpg bus{x}/x.jpg van{x}/x.jpg",
+    ],
+)
+def test_messages_about_long_paths_and_names_stay_short(folders):
+    with pytest.raises(UserError) as caught:
+        read(folders.replace("{x}", "x" * 180), root="/" + "long/" * 78)
+    assert len(str(caught.value)) < 500

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import datasets
@@ -22,10 +21,14 @@ from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex,
 from vit_dist.data.labelled import SplitRows, labelled_tables
 from vit_dist.data.layout import Layout
 from vit_dist.data.listing import counted, listed, shortened
+from vit_dist.data.mask_files import without_masks
 from vit_dist.data.shards import require_labels
 from vit_dist.data.split import hold_out
-from vit_dist.data.table_files import group_by_split, split_side_tables, tables_that_name
+from vit_dist.data.split_column import find_split_column
+from vit_dist.data.split_words import split_word
+from vit_dist.data.table_files import group_by_split, is_side_table, split_side_tables
 from vit_dist.data.tables import extension, has_images, numbered, read_rows, split_lists
+from vit_dist.data.unread_lists import lists_that_name_images
 from vit_dist.errors import UserError
 from vit_dist.first_look import no_such_data
 
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 
     from vit_dist.options import DataOptions
 
-_NAMES_COMPARED = 100_000  # images whose names are looked for in tables that are not understood
+_LONG_MESSAGE = 400  # characters
+_TABLES_SHOWN = 3  # whose columns are printed
 _SPREADSHEETS = ("xlsx", "xls", "xlsm", "xlsb", "ods", "numbers")
 
 
@@ -126,7 +130,7 @@ def _folder(root: Path, options: DataOptions) -> Source:
             raise
         raise UserError(f"{error}. {listed(found, 60, 2)} may label them: see --image_column_name") from None
     if not options.class_folders:
-        _refuse_unread_tables(root, index, [file for file in found if file not in tables])
+        _refuse_unread_tables(root, index, side)
     return _image_folder(root, index, layout, tables, options)
 
 
@@ -134,17 +138,44 @@ def _without(side: list[str], source: Source) -> Source:
     return replace(source, description=f"{source.description}; not used: {listed(side)}") if side else source
 
 
-def _refuse_unread_tables(root: Path, index: FolderIndex, files: list[str]) -> None:
-    """Raise `UserError` for a CSV file that names images of the folder and is not understood: it may label them."""
-    names = frozenset(path.rpartition("/")[2] for path in index.images[:_NAMES_COMPARED].to_pylist())
-    for file in tables_that_name(root, files, names):
-        try:
-            rows = read_rows([file], root, None)
-            image_column(rows.table.features, None, str(root / file))
-        except UserError as error:
+def _refuse_unread_tables(root: Path, index: FolderIndex, known: list[str]) -> None:
+    """Raise `UserError` for a file that names images of the folder and is not read: it may label them."""
+    for file in lists_that_name_images(root, index, known):
+        if extension(file) in ("csv", "tsv"):
+            try:
+                rows = read_rows([file], root, None)
+                image_column(rows.table.features, None, shortened(str(root / file), 100))
+            except UserError as error:
+                raise UserError(
+                    f"{_short_paths(error, root)}; it names images of this folder: correct it, or pass "
+                    "--class_folders top to ignore it"
+                ) from None
+        raise UserError(
+            f"{shortened(str(root / file), 150)} names images of this folder and is not read: it may label them or "
+            "assign them to splits. Pass --class_folders top to read the folders alone, or "
+            f"--data {shortened(str(root / file), 150)} for the table"
+        )
+
+
+def _short_paths(error: UserError, root: Path) -> str:
+    """The message, with a shorter path of the data folder where it is too long."""
+    message = str(error)
+    return message if len(message) < _LONG_MESSAGE else message.replace(str(root), shortened(str(root), 70))
+
+
+def _refuse_unread_splits(root: Path, layout: Layout, tables: list[str]) -> None:
+    """Raise `UserError` for tables without labels that assign the images of class folders to splits."""
+    if len(layout.splits) > 1:
+        return
+    for file in tables:
+        columns = read_rows([file], root, None).table
+        image = image_column(columns.features, None, file)
+        if split_word(PurePosixPath(file).stem) or find_split_column(columns, (image,), None, None, file):
             raise UserError(
-                f"{error}; it names images of this folder: correct it, or pass --class_folders top to ignore it"
-            ) from None
+                f"{shortened(str(root / file), 150)} assigns images to splits and has no column of labels, so it is "
+                "not read beside class folders: add the column, move the images to train/CLASS and test/CLASS, or pass "
+                "--class_folders top to ignore the table"
+            )
 
 
 def _refuse_hidden(root: Path, index: FolderIndex) -> None:
@@ -157,24 +188,34 @@ def _refuse_hidden(root: Path, index: FolderIndex) -> None:
 
 def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: DataOptions) -> Source:
     """Tables that name images beside the images: one of the two says what the classes are."""
-    layout, source = None, None
-    with contextlib.suppress(UserError):  # the folders are no classes
+    asked = options.image_column_name or options.label_column_name
+    layout, source, no_classes = None, None, None
+    try:
         layout = layout_of(root, index, options)
+    except UserError as error:
+        no_classes = error
+    if layout is not None and not asked and all(map(is_side_table, tables)):
+        _refuse_unread_tables(root, index, [])
+        return _image_folder(root, index, layout, tables, options)
     try:
         source = _files(root, group_by_split(tables, _named_splits(options)), str(root), options)
     except NoLabelColumn:  # it describes the images of the class folders
-        if layout is None or options.image_column_name or options.label_column_name:
+        if asked:
             raise
+        if layout is None:
+            raise UserError(f"{no_classes}. {listed(tables, 60, 2)} has no column that looks like labels") from None
     except UserError as error:
         if layout is None:
             raise
-        raise UserError(f"{error}; or pass --class_folders top if the folders are the classes") from None
+        message = _short_paths(error, root)
+        raise UserError(f"{message}; or pass --class_folders top if the folders are the classes") from None
     if source is None and layout is not None:
+        _refuse_unread_splits(root, layout, tables)
+        _refuse_unread_tables(root, index, tables)
         return _image_folder(root, index, layout, tables, options)
     assert source is not None
     missing, embedded = num_without_row(root, index, source.tables.values())
     total = len(index.images)
-    asked = options.image_column_name or options.label_column_name
     if layout is not None and len(layout.classes) > 1 and missing and not asked and embedded < 10 * total:
         raise UserError(
             f"{shortened(str(root), 120)}: {listed(tables, 80)} labels {total - missing:,} of {total:,} images, and "
@@ -195,11 +236,28 @@ def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[s
                 f"--{flag} {shortened(value, 100)}: {shortened(str(root), 150)} holds class folders and no table that "
                 f"names images; leave --{flag} out, or pass the table with --data"
             )
-    made = class_tables(root, index, layout)
+    images, masks = without_masks(index)
+    made = class_tables(root, images, layout)
     num_classes = len(layout.classes)
     notes = [f"image folder, {num_classes} class{'es' if num_classes != 1 else ''}", *folder_notes(index)]
     unused = [*layout.unused, *(f"{file} (no labels are taken from it)" for file in tables)]
-    return Source(made, None, _describe(str(root), notes, made, unused), notes=layout.notes)
+    columns = [note for file in tables[:_TABLES_SHOWN] if (note := _columns(root, file))]
+    return Source(
+        made,
+        None,
+        _describe(str(root), notes, made, unused),
+        notes=[*layout.notes, *columns, *([masks] if masks else [])],
+    )
+
+
+def _columns(root: Path, file: str) -> str | None:
+    """The columns of a table from which no labels are taken."""
+    try:
+        return (
+            f"not used: {shortened(file)} with the columns {listed(read_rows([file], root, None).table.column_names)}"
+        )
+    except UserError:
+        return None
 
 
 def _named_splits(options: DataOptions) -> frozenset[str]:

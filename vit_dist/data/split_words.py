@@ -11,18 +11,38 @@ from dataclasses import dataclass
 _ROLE_WORDS = {
     "train": "train", "training": "train", "trn": "train", "trainval": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "validate": "validation",
+    "vali": "validation",
     "dev": "validation", "devel": "validation", "development": "validation", "eval": "validation",
     "evaluation": "validation",
     "test": "test", "testing": "test", "tst": "test", "holdout": "test", "heldout": "test",
+    # Other languages, without accents; none of them names a thing that people photograph.
+    "entrainement": "train", "apprentissage": "train", "entrenamiento": "train", "treino": "train",
+    "treinamento": "train", "trainings": "train", "addestramento": "train", "allenamento": "train",
+    "trening": "train", "traning": "train", "træning": "train", "traening": "train", "treningowe": "train",
+    "treningowy": "train", "trenovaci": "train", "egitim": "train", "latih": "train", "pelatihan": "train",
+    "obuchenie": "train", "обучение": "train", "训练": "train", "訓練": "train", "学習": "train", "훈련": "train",
+    "학습": "train",
+    "prueba": "test", "pruebas": "test", "teste": "test", "testes": "test", "testowe": "test", "testowy": "test",
+    "testovaci": "test", "uji": "test", "pengujian": "test", "тест": "test", "测试": "test", "測試": "test",
+    "テスト": "test", "테스트": "test",
+    "validacion": "validation", "validacao": "validation", "validierung": "validation", "validierungs": "validation",
+    "validazione": "validation", "convalida": "validation", "validering": "validation", "validatie": "validation",
+    "walidacja": "validation", "walidacyjne": "validation", "validacni": "validation", "dogrulama": "validation",
+    "validasi": "validation", "валидация": "validation", "验证": "validation", "驗證": "validation",
+    "検証": "validation", "검증": "validation",
 }
+_SHORT_ROLES = {"tr": "train", "va": "validation", "vl": "validation", "te": "test", "ts": "test"}  # only together
 _NEUTRAL_WORDS = frozenset([
     "set", "sets", "data", "dataset", "datasets", "image", "images", "img", "imgs", "pic", "pics", "picture",
     "pictures", "photo", "photos", "file", "files", "split", "splits", "folder", "folders", "dir", "sample", "samples",
     "jpg", "jpeg", "png",
+    "daten", "bilder", "fotos", "datensatz", "menge", "datos", "imagenes", "dados", "imagens", "donnees", "dati",
+    "immagini", "afbeeldingen", "集", "图片", "数据", "데이터",
 ])
+_LINKING_WORDS = frozenset(["of", "for", "de", "di", "do", "da", "du"])  # `dados de treino`
 _CONTAINERS = _NEUTRAL_WORDS | frozenset([
     "archive", "class", "classes", "category", "categories", "content", "contents", "download", "downloads", "input",
-    "inputs", "jpegimages", "root", "rgb", "unzipped", "extracted",
+    "inputs", "jpegimages", "root", "rgb", "unzipped", "extracted", "labeled", "labelled", "annotated", "sorted",
 ])
 _MASKS = frozenset([
     "mask", "masks", "groundtruth", "gt", "segmentation", "segmentations", "segmentationclass", "segmentationobject",
@@ -30,7 +50,14 @@ _MASKS = frozenset([
 ])
 _ASIDE = frozenset([
     "docs", "doc", "documentation", "assets", "screenshots", "thumbnails", "thumbs", "previews", "notebooks", "scripts",
-    "logs", "runs", "output", "outputs", "results", "plots", "checkpoints",
+    "logs", "runs", "output", "outputs", "results", "plots", "checkpoints", "unlabeled", "unlabelled", "unannotated",
+    "unsorted", "untagged",
+])
+_NO_CLASSES = frozenset([
+    "results", "plots", "output", "outputs", "logs", "predictions", "preds", "annotations", "masks", "groundtruth",
+    "segmentations", "heatmaps", "checkpoints", "thumbnails", "unlabeled", "unlabelled", "unannotated", "unsorted",
+    "untagged", "tosort", "pred", "predict", "prediction", "newfolder", "untitledfolder", "neuerordner",
+    "nouveaudossier", "nuevacarpeta", "novapasta", "nuovacartella",
 ])
 _VARIANTS = frozenset([
     "original", "originals", "orig", "raw", "augmented", "augmentation", "augmentations", "aug", "processed",
@@ -39,11 +66,18 @@ _VARIANTS = frozenset([
     "clean", "noisy", "balanced", "unbalanced", "imbalanced", "compressed", "uncompressed", "unprocessed",
 ])
 # fmt: on
+_CLASS_WORDS = frozenset(["class", "classe", "clase", "klasse", "label", "category", "type", "grade", "stage", "level"])
 _SUFFIX_WORDS = tuple(sorted(_NEUTRAL_WORDS, key=len, reverse=True))
 _PARTS = frozenset([
     "fold", "folds", "kfold", "cv", "split", "batch", "shard", "chunk", "part", "data", "dataset", "set", "image",
     "images", "img", "imgs", "pics", "photos", "pictures",
 ])  # fmt: skip
+_COPY_WORD = "(?:copy|kopie|kopia|copie|copia|kopi)"
+_COPIES = [
+    re.compile(rf"(.+?)[ _]*[-\u2013_ ] *{_COPY_WORD}(?:[ _]*\(?\d+\)?)?", re.IGNORECASE),
+    re.compile(rf"{_COPY_WORD} (?:of|von|de|di|van|av) (.+)", re.IGNORECASE),
+    re.compile(r"(.+?) ?\(\d+\)"),
+]
 _RESOLUTION = re.compile(r"(\D{0,12}[-_ ])?\d{2,4}(px|p|x\d{2,4}(px)?)|(size|res|resolution|px)[-_ ]?\d{2,4}")
 _SIZE = re.compile(r"\d{2,4}x\d{2,4}|\d{2,4}px")
 
@@ -63,7 +97,7 @@ def split_word(name: str) -> SplitWord | None:
         role = _ROLE_WORDS.get(word) or _ROLE_WORDS.get(_without_suffix(word))
         if role is not None:
             roles.append(role)
-        elif word not in _NEUTRAL_WORDS:
+        elif word not in _NEUTRAL_WORDS and word not in _LINKING_WORDS:
             rest.append(word)
     if set(roles) == {"train", "validation"}:  # `train_val`: both, to train on
         roles = ["train"]
@@ -75,6 +109,9 @@ def split_words(names: Collection[str]) -> dict[str, str]:
 
     `seg_train` is a split only beside `seg_test`; `test_tube` and `training_shoe` are not.
     """
+    short = {name: _SHORT_ROLES[name.lower()] for name in names if name.lower() in _SHORT_ROLES}
+    if len(short) == len(names) > 1 and "train" in short.values():
+        return short
     found = {name: word for name in names if (word := split_word(name)) is not None}
     plain = {name: word.role for name, word in found.items() if not word.rest}
     weak = {name: word for name, word in found.items() if word.rest}
@@ -108,6 +145,26 @@ def is_aside(name: str) -> bool:
     return "".join(_words(name)) in _ASIDE
 
 
+def is_extra(name: str) -> bool:
+    """Whether a folder of this name holds what belongs to images, and none to classify."""
+    return is_mask(name) or is_aside(name)
+
+
+def no_class(name: str, siblings: Collection[str]) -> str | None:
+    """Why a folder among class folders is hardly a class; None if it may well be one.
+
+    `screenshots`, `documents`, `unknown`, `other`, `background`, `none` and `mask` are classes of real data sets.
+    """
+    if "".join(_words(name)) in _NO_CLASSES:
+        return "may hold no images of a class"
+    folded = {sibling.casefold().strip() for sibling in siblings if sibling != name}
+    for pattern in _COPIES:
+        matched = pattern.fullmatch(name.strip())
+        if matched and matched[1].casefold().strip() in folded:
+            return f"may be a copy of {matched[1].strip()}"
+    return None
+
+
 def are_numbered_parts(names: Collection[str]) -> bool:
     """Whether the names differ in their numbers alone and speak of parts: `fold_1` and `fold_2`, `images_001` ..."""
     words = {tuple(_words(name)) for name in names}
@@ -115,6 +172,30 @@ def are_numbered_parts(names: Collection[str]) -> bool:
         return False
     (only,) = words
     return bool(only) and ("part" in only or "fold" in only or all(word in _PARTS for word in only))
+
+
+def splits_by_class(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Split word and class of names that join the two: `trainA`, `trainB`, `testA`, `testB`; else nothing."""
+    words = {name: word for name in names if (word := split_word(name)) is not None and word.rest}
+    roles: dict[tuple[str, ...], set[str]] = {}
+    for word in words.values():
+        roles.setdefault(word.rest, set()).add(word.role)
+    joined = [rest for rest, found in roles.items() if len(found) > 1 and "train" in found]
+    if len(joined) < 2:
+        return {}
+    return {name: (word.role, _spelled(name, word.rest)) for name, word in words.items() if word.rest in joined}
+
+
+def _spelled(name: str, words: tuple[str, ...]) -> str:
+    """The words as `name` spells them."""
+    parts = [part for part in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name) if part.lower() in words]
+    return " ".join(parts) or " ".join(words)
+
+
+def are_ids(names: Collection[str]) -> bool:
+    """Whether all names are numbers, or one word and a number: `8863`, `patient_01`, `p12`, but not `class_1`."""
+    words = {word for name in names for word in _words(name) if len(word) > 2}
+    return len(words) <= 1 and not words & _CLASS_WORDS and all(any(map(str.isdigit, name)) for name in names)
 
 
 def is_resolution(name: str) -> bool:
@@ -135,8 +216,9 @@ def has_variant_word(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Lower-case words without digits: `trainData2017` is `train`, `data`."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", name))
+    """Lower-case words without digits and accents: `trainData2017` is `train`, `data`."""
+    bare = "".join(char for char in unicodedata.normalize("NFD", name) if not unicodedata.combining(char))
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", bare))
     joined = re.sub(r"\b(hold|held)[-_ ]+out\b", "holdout", spaced.lower())
     return [word for word in re.split(r"[\W\d_]+", joined) if word]
 

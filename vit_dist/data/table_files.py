@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from vit_dist.data.columns import usual_role
 from vit_dist.data.listing import listed
 from vit_dist.data.split_words import split_word
-from vit_dist.data.tables import extension, split_of
+from vit_dist.data.tables import split_of
 from vit_dist.errors import UserError
 
 # Files with the columns of a table of images whose labels are none: answers of a model, or names of the classes.
@@ -18,8 +17,6 @@ _SIDE_TABLE = re.compile(
     r"(.*[^a-z])?(sample[^a-z]?)?(submissions?|predictions?|preds)|classes|labels?[ _-]?(map|mapping|names|dict)|"
     r"(class(es)?|categor(y|ies))[ _-]?(map|mapping|names|list|index|indices|dict|ids?)"
 )
-_SEPARATORS = re.compile(r"[,;\t|\"'\s]+")
-_LINES_PEEKED = 20
 
 
 def group_by_split(files: Sequence[str], named: Collection[str] = ()) -> dict[str, list[str]]:
@@ -62,25 +59,15 @@ def _role(file: str) -> str | None:
 
 def split_side_tables(files: Sequence[str]) -> tuple[list[str], list[str]]:
     """(tables, side tables such as `sample_submission.csv`); a table that is alone is no side table."""
-    side = [file for file in files if _SIDE_TABLE.fullmatch(_snake_case(PurePosixPath(file).stem))]
+    side = [file for file in files if is_side_table(file)]
     main = [file for file in files if file not in side]
     return (main, side) if main else (list(files), [])
 
 
+def is_side_table(file: str) -> bool:
+    """Whether a file of this name holds answers of a model or names of the classes, and no labels of images."""
+    return _SIDE_TABLE.fullmatch(_snake_case(PurePosixPath(file).stem)) is not None
+
+
 def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-
-
-def tables_that_name(root: Path, files: Sequence[str], names: frozenset[str]) -> list[str]:
-    """The CSV files that hold one of `names`, which are those of image files, in their first lines."""
-    return [file for file in files if extension(file) in ("csv", "tsv") and not names.isdisjoint(_words(root / file))]
-
-
-def _words(path: Path) -> set[str]:
-    try:
-        with open(path, encoding="latin-1") as file:  # every byte is a character: names of images are mostly ASCII
-            lines = [line[:10_000] for line in itertools.islice(file, _LINES_PEEKED)]
-    except OSError:
-        return set()
-    words = {word for line in lines for word in _SEPARATORS.split(line)}
-    return {word.replace("\\", "/").rpartition("/")[2] for word in words}
