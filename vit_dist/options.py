@@ -51,9 +51,9 @@ class DataOptions:
     class_folders: str | None = _option(
         None,
         "Which folders are the classes of an image folder whose class folders hold folders: `top`, those directly in "
-        "the split; `leaf`, those that hold the images, by name (by path where two have one name). Given, it also says "
-        "that folders which may be splits, variants or beside a table are classes. Default: top, or a refusal where "
-        "both make sense.",
+        "the split; `leaf`, those that hold the images, by name (merged if every name lies in several top folders, "
+        "else by path where two have one name). Given, it also says that folders which may be splits, variants or "
+        "beside a table are classes. Default: top, or a refusal where both make sense.",
         choices=["top", "leaf"],
     )
     train_val_split: float = _option(
