@@ -184,3 +184,12 @@ def test_western_text_in_cp1252_is_read(tmp_path: Path) -> None:
     lines = "\n".join(f"{name};{label}" for name, label in zip(NAMES, names, strict=False))
     (root / "labels.csv").write_bytes(f"image;label\n{lines}\n".encode("cp1252"))
     assert load(root).tables["train"]["label"] == list(names)
+
+
+def test_message_about_a_table_with_a_long_path_stays_short(tmp_path: Path) -> None:
+    root = tmp_path
+    while len(str(root)) < 390:
+        root = root / ("long" * min(10, max(1, (390 - len(str(root))) // 4)))
+    write(root / "labels.csv", rows(NAMES))
+    said = refusal(root / "labels.csv")
+    assert "none of the 8 files is there" in said and len(said) < 500

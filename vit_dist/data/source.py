@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from vit_dist.options import DataOptions
 
-_LONG_MESSAGE = 400  # characters
+_LONG_MESSAGE = 400  # characters; more follows in the message
+_LONGEST_MESSAGE = 500
 _TABLES_SHOWN = 3  # whose columns are printed
 _SPREADSHEETS = ("xlsx", "xls", "xlsm", "xlsb", "ods", "numbers")
 
@@ -67,6 +68,16 @@ def load_source(options: DataOptions) -> Source:
     if path is None:
         splits, commit = load_hub(data, options)
         return _from_splits(splits, data, "Hugging Face hub", options, commit)
+    root = path.parent if path.is_file() else path
+    try:
+        return _local(path, options)
+    except UserError as error:
+        if len(str(error.args[0])) < _LONGEST_MESSAGE:
+            raise
+        raise UserError(_short_paths(error, root), error.args[1]) from None
+
+
+def _local(path: Path, options: DataOptions) -> Source:
     if path.is_file():
         if extension(path.name) == "tar" and options.label_column_name is None:
             require_labels(path)
@@ -159,7 +170,7 @@ def _refuse_unread_tables(root: Path, index: FolderIndex, known: list[str]) -> N
 
 def _short_paths(error: UserError, root: Path) -> str:
     """The message, with a shorter path of the data folder where it is too long."""
-    message = str(error)
+    message = str(error.args[0])
     return message if len(message) < _LONG_MESSAGE else message.replace(str(root), shortened(str(root), 70))
 
 
