@@ -302,6 +302,7 @@ def test_bf16_with_activation_checkpointing_keeps_the_best_model(lab: Lab, strat
     assert kinds == {torch.bfloat16 if strategy.startswith("zero") else torch.float32}
 
 
+@pytest.mark.draw(1)
 @pytest.mark.parametrize("strategy", ("ddp", "zero2", "fsdp2"))
 def test_killed_rank_under_the_launcher_ends_the_others_within_seconds(lab: Lab, strategy: str) -> None:
     folder = lab.root / f"{strategy}_killed"
