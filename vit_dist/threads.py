@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-SPINS = "1000"  # rounds before a thread sleeps; libgomp's own default is 300,000 (docs/decisions.md, 2026-11-30)
+SPINS = "1000"  # rounds before a thread sleeps; libgomp's own default is 300,000 (docs/decisions.md, 2026-12-01)
 
 
 def spin_briefly(environ: MutableMapping[str, str] = os.environ) -> None:
