@@ -193,3 +193,19 @@ def test_message_about_a_table_with_a_long_path_stays_short(tmp_path: Path) -> N
     write(root / "labels.csv", rows(NAMES))
     said = refusal(root / "labels.csv")
     assert "none of the 8 files is there" in said and len(said) < 500
+
+
+def test_refusal_of_images_in_no_class_folder_names_the_columns_of_the_table_beside_them(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    images(root / "Bilder", NAMES)
+    write(root / "tabelle.csv", rows([f"Bilder\\{name}" for name in NAMES], "Datei,Klasse"))
+    assert "tabelle.csv may label them: name its columns (Datei, Klasse) with --image_column_name" in refusal(root)
+    columns = {"image_column_name": "Datei", "label_column_name": "Klasse"}
+    assert paths(root, **columns) == [f"Bilder/{name}" for name in NAMES]
+
+
+def test_refusal_of_images_in_no_class_folder_says_why_the_table_beside_them_is_not_read(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    images(root / "photos", NAMES)
+    (root / "labels.csv").write_bytes("\n".join(["image,label", *(f"{n},кошка" for n in NAMES)]).encode("cp1251"))
+    assert "labels.csv may label them, but" in refusal(root) and "save it as CSV UTF-8" in refusal(root)

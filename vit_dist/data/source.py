@@ -139,10 +139,20 @@ def _folder(root: Path, options: DataOptions) -> Source:
     except UserError as error:
         if not found or options.class_folders:
             raise
-        raise UserError(f"{error}. {listed(found, 60, 2)} may label them: see --image_column_name") from None
+        raise UserError(f"{error}. {_hint(root, found)}") from None
     if not options.class_folders:
         _refuse_unread_tables(root, index, side)
     return _image_folder(root, index, layout, tables, options)
+
+
+def _hint(root: Path, tables: list[str]) -> str:
+    """What to do with tables that may label images in no class folders, and are not understood."""
+    first = f"{listed(tables, 60, 2)} may label them"
+    try:
+        columns = read_rows([tables[0]], root, None).table.column_names
+    except UserError as error:
+        return f"{first}, but {_short_paths(error, root)}"
+    return f"{first}: name its columns ({listed(columns, 100)}) with --image_column_name and --label_column_name"
 
 
 def _without(side: list[str], source: Source) -> Source:
