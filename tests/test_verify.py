@@ -114,6 +114,13 @@ def test_bad_images_stop_the_run_by_default(rows, tmp_path):
     assert "9.png: empty file" in message and "10.png" not in message and "2 more" in message
 
 
+def test_advice_to_leave_out_many_bad_images_works_as_it_is_given(rows, tmp_path):
+    bad = [BadRow(index, f"{index}.png", "empty file") for index in range(5)]
+    with pytest.raises(UserError, match=r"--on_bad_image skip --max_bad_fraction 0\.05:"):
+        apply_policy(rows, bad, options("x", tmp_path), "train")
+    apply_policy(rows, bad, options("x", tmp_path, on_bad_image="skip", max_bad_fraction=0.05), "train")
+
+
 def test_bad_images_are_left_out_on_request(rows, tmp_path):
     bad = [BadRow(7, "cat/7.png", "empty file")]
     kept, keep = apply_policy(rows, bad, options("x", tmp_path, on_bad_image="skip"), "train")

@@ -124,6 +124,8 @@ def apply_policy(
     count = f"{len(bad):,} of {len(table):,} images of {split_name} do not decode"
     if options.on_bad_image != "skip":
         skip = ", or leave them out with --on_bad_image skip" if len(bad) < len(table) else ""
+        if skip and len(bad) > options.max_bad_fraction * len(table):
+            skip += f" --max_bad_fraction {np.ceil(100 * len(bad) / len(table)) / 100:g}"
         raise UserError(f"{count}; mend or remove them{skip}:", _listed(bad))
     if len(bad) > options.max_bad_fraction * len(table) or len(bad) == len(table):
         raise UserError(
