@@ -35,7 +35,7 @@ def read(files: str, root: str = "D", **options: str) -> Layout:
     return read_layout(
         root,
         images,
-        DataOptions(data=root, **options),  # type: ignore[arg-type]
+        DataOptions(data=root, **options),
         directories=directories,
         others=others,
         file_names=lambda folder: names.get(folder, set()),

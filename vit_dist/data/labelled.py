@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.columns import ROLES, NoLabelColumn, common_table, image_column, is_guess
-from vit_dist.data.image_files import Origin, file_name_columns, names_files, stored_images
+from vit_dist.data.image_files import file_name_columns, names_files, stored_images
+from vit_dist.data.image_paths import Origin
 from vit_dist.data.labels import clean_labels, find_labels
 from vit_dist.data.listing import shortened
 from vit_dist.data.split_column import SplitColumn, find_split_column
@@ -186,7 +187,7 @@ def _repeated(tables: dict[str, datasets.Dataset]) -> list[str]:
             shared = pc.and_(pc.is_in(paths[other], value_set=pc.drop_null(paths[role])), pc.is_valid(paths[other]))
             if count := pc.sum(shared).as_py():
                 example = _shown(pc.unique(paths[other].filter(shared))[:1].to_pylist())
-                _refuse_other_labels(tables[role], tables[other], (role, other))
+                _refuse_other_labels({part: (paths[part], _arrow(tables[part], "label")) for part in (role, other)})
                 notes.append(f"WARNING: {count:,} rows of {other} name images of {role} ({example})")
     return notes
 
@@ -217,18 +218,18 @@ def _refuse_two_labels(table: datasets.Dataset, paths: pa.ChunkedArray, role: st
         )
 
 
-def _refuse_other_labels(first: datasets.Dataset, second: datasets.Dataset, roles: tuple[str, str]) -> None:
-    """Raise `UserError` if two splits give the same image file different labels: one of them means another file."""
-    both = [pa.table({"path": _paths(table), "label": _arrow(table, "label")}) for table in (first, second)]
-    if any(pa.types.is_nested(table["label"].type) for table in both):
+def _refuse_other_labels(splits: Mapping[str, tuple[pa.ChunkedArray, pa.ChunkedArray]]) -> None:
+    """Raise `UserError` if two splits give the same image file different labels: one of them means another file.
+
+    `splits`: paths and labels of the rows, by role.
+    """
+    if any(pa.types.is_nested(labels.type) for _, labels in splits.values()):
         return  # refused later as no classes
-    labels = [table.set_column(1, "label", table["label"].cast(pa.string())) for table in both]
-    joined = (
-        labels[0].filter(pc.is_valid(labels[0]["path"])).join(labels[1], "path", join_type="inner", right_suffix="_2")
-    )
+    first, second = (pa.table({"path": p, "label": labels.cast(pa.string())}) for p, labels in splits.values())
+    joined = first.filter(pc.is_valid(first["path"])).join(second, "path", join_type="inner", right_suffix="_2")
     different = joined.filter(pc.not_equal(joined["label"], joined["label_2"]))
     if len(different):
-        row = different.slice(0, 1).to_pylist()[0]
+        row, roles = different.slice(0, 1).to_pylist()[0], list(splits)
         raise UserError(
             f"{_shown([row['path']])} has the label {shortened(row['label'])} in {roles[0]} and "
             f"{shortened(row['label_2'])} in {roles[1]} (images with two labels: {len(different):,}): write the folder "

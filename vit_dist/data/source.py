@@ -16,7 +16,7 @@ from vit_dist.data.cache import cache_folder
 from vit_dist.data.columns import NoLabelColumn, common_table, image_column, split_roles, usual_role
 from vit_dist.data.folders import class_tables, folder_notes, layout_of, num_without_row
 from vit_dist.data.hub import datasets_cache, first_line, load_hub
-from vit_dist.data.image_files import Origin
+from vit_dist.data.image_paths import Origin
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
 from vit_dist.data.labelled import SplitRows, labelled_tables
 from vit_dist.data.layout import Layout
@@ -27,7 +27,7 @@ from vit_dist.data.split import hold_out
 from vit_dist.data.split_column import find_split_column
 from vit_dist.data.split_words import split_word
 from vit_dist.data.table_files import group_by_split, is_side_table, split_side_tables
-from vit_dist.data.tables import extension, has_images, numbered, read_rows, split_lists
+from vit_dist.data.tables import column_names, extension, has_images, numbered, read_rows, split_lists
 from vit_dist.data.unread_lists import lists_that_name_images
 from vit_dist.errors import UserError
 from vit_dist.first_look import no_such_data
@@ -149,7 +149,7 @@ def _hint(root: Path, tables: list[str]) -> str:
     """What to do with tables that may label images in no class folders, and are not understood."""
     first = f"{listed(tables, 60, 2)} may label them"
     try:
-        columns = read_rows([tables[0]], root, None).table.column_names
+        columns = column_names(root, tables[0])
     except UserError as error:
         return f"{first}, but {_short_paths(error, root)}"
     return f"{first}: name its columns ({listed(columns, 100)}) with --image_column_name and --label_column_name"
@@ -184,12 +184,12 @@ def _short_paths(error: UserError, root: Path) -> str:
     return message if len(message) < _LONG_MESSAGE else message.replace(str(root), shortened(str(root), 70))
 
 
-def _refuse_unread_splits(root: Path, layout: Layout, tables: list[str]) -> None:
+def _refuse_unread_splits(root: Path, layout: Layout, tables: list[str], options: DataOptions) -> None:
     """Raise `UserError` for tables without labels that assign the images of class folders to splits."""
     if len(layout.splits) > 1:
         return
     for file in tables:
-        columns = read_rows([file], root, None).table
+        columns = read_rows([file], root, datasets_cache(options.cache_dir)).table
         image = image_column(columns.features, None, file)
         if split_word(PurePosixPath(file).stem) or find_split_column(columns, (image,), None, None, file):
             raise UserError(
@@ -231,7 +231,7 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: D
         message = _short_paths(error, root)
         raise UserError(f"{message}; or pass --class_folders top if the folders are the classes") from None
     if source is None and layout is not None:
-        _refuse_unread_splits(root, layout, tables)
+        _refuse_unread_splits(root, layout, tables, options)
         _refuse_unread_tables(root, index, tables)
         return _image_folder(root, index, layout, tables, options)
     assert source is not None
@@ -274,9 +274,7 @@ def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[s
 def _columns(root: Path, file: str) -> str | None:
     """The columns of a table from which no labels are taken."""
     try:
-        return (
-            f"not used: {shortened(file)} with the columns {listed(read_rows([file], root, None).table.column_names)}"
-        )
+        return f"not used: {shortened(file)} with the columns {listed(column_names(root, file))}"
     except UserError:
         return None
 

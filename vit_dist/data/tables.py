@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -104,6 +105,14 @@ def split_lists(root: Path) -> list[str]:
     return [name for name in lists if has_images(root, name, None)]
 
 
+def column_names(root: Path, file: str) -> list[str]:
+    """The columns of a table, by its schema or its first rows; raises `UserError` if it cannot be read."""
+    with _readable([file], root):
+        if extension(file) == "parquet":
+            return list(pq.read_schema(root / file).names)
+        return list(_read_text([file], root, num_rows=_NUM_PEEKED).table.column_names)
+
+
 def read_rows(files: Sequence[str], root: Path, cache_dir: str | None, names: Sequence[str] = ()) -> Rows:
     """All rows of some files of one kind.
 
@@ -124,21 +133,28 @@ def read_rows(files: Sequence[str], root: Path, cache_dir: str | None, names: Se
         raise UserError(f"{root}: files of different kinds for one split: {shown}; pass one of them with --data")
     readers = {"parquet": _read_parquet, "tar": _read_shards}
     kind = kinds.pop()
-    for file in files:
-        _refuse_another_format(root / file)
-    try:
+    with _readable(files, root):
         rows = readers[kind](files, root, cache_dir) if kind in readers else _read_text(files, root, names)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a parser says about a broken file
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise UserError(f"cannot read {_few(files, root)}: {reason}") from error
     if len(rows.table) == 0:
         raise UserError(f"{_few(files, root)}: no rows")
     if len({stem_of(file) for file in files}) > 1:
         return replace(rows, notes=[*rows.notes, f"read as one table: {listed(files, room=120)}"])
     return rows
+
+
+@contextlib.contextmanager
+def _readable(files: Sequence[str], root: Path) -> Iterator[None]:
+    """Raises `UserError` for files of another format, and for whatever a parser says about a broken one."""
+    for file in files:
+        _refuse_another_format(root / file)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise UserError(f"cannot read {_few(files, root)}: {reason}") from error
 
 
 def _refuse_another_format(path: Path) -> None:
