@@ -148,7 +148,7 @@ def test_one_hot_columns_of_text_or_numbers_are_refused(tmp_path: Path, no: str,
     root = tmp_path / "d"
     images(root, NAMES[:3])
     write(root / "_classes.csv", f"filename,cat,dog\n{NAMES[0]},{yes},{no}\n{NAMES[1]},{no},{yes}\n")
-    assert "columns cat, dog hold 0 and 1 (one-hot labels)" in refusal(root)
+    assert "columns cat, dog hold 0 and 1 (one-hot)" in refusal(root)
 
 
 def test_note_on_an_old_encoding_shows_a_word_of_it(tmp_path: Path) -> None:
@@ -198,10 +198,29 @@ def test_message_about_a_table_with_a_long_path_stays_short(tmp_path: Path) -> N
 def test_refusal_of_images_in_no_class_folder_names_the_columns_of_the_table_beside_them(tmp_path: Path) -> None:
     root = tmp_path / "d"
     images(root / "Bilder", NAMES)
-    write(root / "tabelle.csv", rows([f"Bilder\\{name}" for name in NAMES], "Datei,Klasse"))
-    assert "tabelle.csv may label them: name its columns (Datei, Klasse) with --image_column_name" in refusal(root)
-    columns = {"image_column_name": "Datei", "label_column_name": "Klasse"}
-    assert paths(root, **columns) == [f"Bilder/{name}" for name in NAMES]
+    write(root / "tabelle.csv", rows([f"Bilder\\{name}" for name in NAMES], "Kuvatiedosto,Luokka"))
+    said = refusal(root)
+    assert "tabelle.csv may label them, but " in said and "tabelle.csv: no column looks like it holds labels" in said
+    assert "name one with --label_column_name. Columns: Luokka (string)" in said
+    assert paths(root, label_column_name="Luokka") == [f"Bilder/{name}" for name in NAMES]
+
+
+def test_refusal_of_a_table_without_known_columns_names_both_flags(tmp_path: Path) -> None:
+    images(tmp_path, [f"{number}.png" for number in range(8)])
+    write(tmp_path / "t.csv", rows([str(number) for number in range(8)], "Kuva,Luokka"))
+    assert "name one with --image_column_name, and the one with labels with --label_column_name" in refusal(
+        tmp_path / "t.csv"
+    )
+
+
+@pytest.mark.parametrize("header", ["Dateiname;Klasse", "fichier;catégorie", "Nombre_archivo;clase", "Arquivo;Rótulo"])
+def test_header_in_another_language_is_read_as_a_guess(tmp_path: Path, header: str) -> None:
+    root = tmp_path / "d"
+    images(root, NAMES)
+    write(root / "tabelle.csv", rows(NAMES, header.replace(";", ",")).replace(",", ";"))
+    source = load(root)
+    assert f"{header.split(';')[1]} is a guess: --label_column_name" in source.description
+    assert set(source.tables["train"]["label"]) == {"cat", "dog"}
 
 
 def test_refusal_of_images_in_no_class_folder_says_why_the_table_beside_them_is_not_read(tmp_path: Path) -> None:
@@ -209,3 +228,46 @@ def test_refusal_of_images_in_no_class_folder_says_why_the_table_beside_them_is_
     images(root / "photos", NAMES)
     (root / "labels.csv").write_bytes("\n".join(["image,label", *(f"{n},кошка" for n in NAMES)]).encode("cp1251"))
     assert "labels.csv may label them, but" in refusal(root) and "save it as CSV UTF-8" in refusal(root)
+
+
+KINDS = ("healthy", "rust", "scab")
+
+
+def one_hot(header: str = ",".join(KINDS), more: str = "") -> str:
+    """A row for each of NAMES: 0 and 1 in the columns of KINDS, and `more` in each."""
+    lines = [
+        f"{Path(name).stem},{','.join(str(int(kind == row % 3)) for kind in range(3))}{more}"
+        for row, name in enumerate(NAMES)
+    ]
+    return "\n".join([f"image_id,{header}", *lines]) + "\n"
+
+
+def test_one_hot_table_beside_images_is_refused_and_no_flag_is_advised(tmp_path: Path) -> None:
+    images(tmp_path, NAMES)
+    write(tmp_path / "train.csv", one_hot())
+    said = refusal(tmp_path)
+    assert "columns healthy, rust, scab hold 0 and 1 (one-hot): write one column label" in said
+    assert "_column_name" not in said
+
+
+@pytest.mark.parametrize("label", KINDS)
+def test_one_column_of_a_one_hot_table_as_labels_is_refused(tmp_path: Path, label: str) -> None:
+    images(tmp_path, NAMES)
+    write(tmp_path / "train.csv", one_hot(f"{','.join(KINDS)},male", ",1").replace(",1\n", ",0\n", 3))
+    said = refusal(tmp_path, image_column_name="image_id", label_column_name=label)
+    others = ", ".join(kind for kind in KINDS if kind != label)
+    assert f"column {label} is part of a one-hot encoding with {others}: its classes would be 0 and 1" in said
+
+
+@pytest.mark.parametrize(("no", "yes"), [("0", "1"), ("-1", "1"), ("False", "True"), ("no", "yes"), ("0.0", "1.0")])
+def test_one_attribute_of_several_is_used_if_named_and_the_others_are_said_to_be_unused(
+    tmp_path: Path, no: str, yes: str
+) -> None:
+    images(tmp_path, NAMES)
+    values = [(yes if row % 2 else no, yes if row % 3 else no, yes if row > 4 else no) for row in range(len(NAMES))]
+    lines = [f"{name},{','.join(flags)}" for name, flags in zip(NAMES, values, strict=True)]
+    write(tmp_path / "t.csv", "\n".join(["image,Smiling,Young,Male", *lines]) + "\n")
+    assert "columns Smiling, Young, Male hold 0 and 1 (several classes per image)" in refusal(tmp_path / "t.csv")
+    source = load(tmp_path / "t.csv", label_column_name="Smiling")
+    assert "Smiling holds 0 and 1, as Young, Male do: they are not used" in source.description
+    assert len(set(source.tables["train"]["label"])) == 2

@@ -37,11 +37,20 @@ _LIKELY_IMAGE_NAMES = frozenset([
     "img_file", "imagename", "imagepath", "imageid", "filenames", "files", "file_path", "filepaths", "file_names",
     "fname", "fpath", "full_path", "rel_path", "relative_path", "photo_id", "picture_id", "photo_path", "image_bytes",
     "images", "imgs", "image_base64", "base64", "image_url", "img_url", "url", "id", "id_code", "isic_id",
+    # German, French, Spanish, Italian, Portuguese
+    "bild", "bilder", "foto", "datei", "dateiname", "bilddatei", "bildname", "dateipfad", "pfad", "fichier",
+    "nom_fichier", "nom_de_fichier", "nom_du_fichier", "chemin", "imagen", "archivo", "nombre_archivo",
+    "nombre_de_archivo", "fichero", "ruta", "immagine", "nome_file", "percorso", "imagem", "arquivo", "ficheiro",
+    "nome_arquivo", "nome_do_arquivo", "caminho",
 ])
 _LIKELY_LABEL_NAMES = frozenset([
     "category", "species", "breed", "class_name", "class_label", "classname", "class_id", "class_index", "classid",
     "category_name", "category_id", "label_name", "label_id", "label_text", "label_idx", "label_index", "labelname",
     "target_name", "target_id", "diagnosis", "dx", "disease", "y", "emotion", "variety", "level", "classes",
+    # German, French, Spanish, Italian, Portuguese
+    "klasse", "kategorie", "rasse", "sorte", "diagnose", "bezeichnung", "classe", "étiquette", "etiquette",
+    "catégorie", "categorie", "espèce", "espece", "clase", "etiqueta", "categoría", "categoria", "especie", "raza",
+    "diagnóstico", "diagnostico", "etichetta", "specie", "razza", "rótulo", "rotulo", "espécie", "raça",
 ])
 # fmt: on
 _PIXEL_NAME = re.compile(r"(?:pixel|pix|px|p|x|f|feature|attr)?[_ -]?\d+(?:[x_]\d+)?", re.IGNORECASE)
@@ -212,7 +221,9 @@ def _the_one(kind: str, candidates: list[str], features: Any, where: str) -> str
         return candidates[0]
     found = f"several columns could hold the {kind}s" if candidates else f"no column looks like it holds {kind}s"
     refusal = NoLabelColumn if kind == "label" and not candidates else UserError
-    raise refusal(f"{where}: {found}; name one with --{kind}_column_name. Columns: {_columns(features)}")
+    both = kind == "image" and not label_candidates(features)
+    also = ", and the one with labels with --label_column_name" if both else ""
+    raise refusal(f"{where}: {found}; name one with --{kind}_column_name{also}. Columns: {_columns(features)}")
 
 
 def _columns(features: Any) -> str:

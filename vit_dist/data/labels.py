@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import datasets
 import numpy as np
@@ -16,6 +15,9 @@ from vit_dist.errors import UserError
 
 _MIN_ROWS_OF_IDS = 20  # with as many distinct labels as rows from here on, labels are taken for ids
 _MOST_ONE_HOT = 500  # columns that are looked at
+_MOST_SPELLINGS = 8  # of yes and no in one column
+_YES = frozenset(["1", "true", "t", "yes", "y", "x"])
+_NO = frozenset(["0", "-1", "false", "f", "no", "n", "", "none", "nan"])
 _DECIMAL = r"^-?\d+[.]\d*$|^-?\d*[.]\d+$"
 _WHOLE_DECIMAL = r"^-?\d+[.]0*$"
 
@@ -37,9 +39,9 @@ def find_labels(table: datasets.Dataset, image: str, override: str | None, where
             raise UserError(f"{where}: {reason}")
     others = {name: feature for name, feature in features.items() if name != image}
     name = label_column(features if override is not None else others, override, where)
-    return name, [f"{name} is a guess: --label_column_name"] if override is None and is_guess(
-        name, features[name]
-    ) else []
+    if override is not None:
+        return name, _judge_flag(table, image, name, where)
+    return name, [f"{name} is a guess: --label_column_name"] if is_guess(name, features[name]) else []
 
 
 def _of_the_same(table: datasets.Dataset, group: list[str], where: str) -> tuple[str, list[str]]:
@@ -71,35 +73,50 @@ def _one_to_one(table: datasets.Dataset, first: str, second: str) -> bool:
     return all(len(pairs) == pc.count_distinct(column, mode="all").as_py() for column in plain)
 
 
+def _flags(table: datasets.Dataset, image: str) -> dict[str, np.ndarray]:
+    """The columns of which each value says yes or no (0 and 1, -1 and 1, False and True), bool (rows,) each."""
+    found: dict[str, np.ndarray] = {}
+    for name in [name for name in table.column_names if name != image][:_MOST_ONE_HOT]:
+        column = table.data.column(name)
+        if pa.types.is_nested(column.type) or isinstance(table.features[name], datasets.ClassLabel):
+            continue
+        values = pc.unique(column.cast(_value_type(column)))
+        texts = [str(value).strip().lower().removesuffix(".0") for value in values.to_pylist()[:_MOST_SPELLINGS]]
+        is_yes = [text in _YES for text in texts]
+        if len(texts) == len(values) and any(is_yes) and not all(is_yes) and set(texts) <= _YES | _NO:
+            places = pc.index_in(column.cast(values.type), value_set=values)
+            found[name] = np.array(is_yes)[places.to_numpy()]
+    return found
+
+
 def _one_hot(table: datasets.Dataset, image: str) -> str | None:
     """Why a table has no label column if its classes are columns of 0 and 1; None if they are not."""
-    flags: list[str] = []
-    total: Any = 0
-    for name in [name for name in table.column_names if name != image][:_MOST_ONE_HOT]:
-        column = _as_numbers(table.data.column(name))
-        kind = _value_type(column)
-        if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            values = pc.unique(column).to_pylist()
-            if 1 < len(values) < 4 and set(values) <= {0, 1, None}:
-                flags.append(name)
-                total = total + np.nan_to_num(column.to_numpy(zero_copy_only=False).astype(float))
+    flags = _flags(table, image)
     if len(flags) < 2:
         return None
-    several = "several classes per image" if np.any(total > 1) else "one-hot labels"
-    return (
-        f"columns {listed(flags)} hold 0 and 1 ({several}): write one column label with one class per row, or "
-        "name a column with --label_column_name"
-    )
+    per_row = np.sum(list(flags.values()), axis=0)
+    several = "several classes per image" if (per_row > 1).any() else "one-hot"
+    return f"columns {listed(flags)} hold 0 and 1 ({several}): write one column label with the class of each row"
 
 
-def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of text such as ` 0` or `1.0` as numbers, any other column as it is."""
-    if not pa.types.is_string(column.type) or len(pc.unique(column.slice(0, _MIN_ROWS_OF_IDS))) > 3:
-        return column
-    try:
-        return pc.utf8_trim_whitespace(column).cast(pa.float64())
-    except pa.ArrowInvalid:  # names
-        return column
+def _judge_flag(table: datasets.Dataset, image: str, label: str, where: str) -> list[str]:
+    """A note if the column that the user named as labels is one of several columns of 0 and 1.
+
+    Raises `UserError` if it is one column of a one-hot encoding of three or more classes: as labels it would merge all
+    classes but one.
+    """
+    flags = _flags(table.select_columns([label]), image) and _flags(table, image)
+    if label not in flags or len(flags) < 2:
+        return []
+    others = [name for name in flags if name != label and not (flags[name] & flags[label]).any()]
+    per_row = np.sum([flags[name] for name in (label, *others)], axis=0)
+    if len(others) > 1 and (per_row == 1).all():
+        raise UserError(
+            f"{where}: column {shortened(label)} is part of a one-hot encoding with {listed(others, 120)}: its classes "
+            "would be 0 and 1. Write one column label with the class of each row, and name that column"
+        )
+    rest = [name for name in flags if name != label]
+    return [f"{label} holds 0 and 1, as {listed(rest, 100, 4)} do{'es' * (len(rest) == 1)}: they are not used"]
 
 
 def clean_labels(table: datasets.Dataset, name: str, where: str) -> tuple[datasets.Dataset, list[str]]:

@@ -131,7 +131,8 @@ def _folder(root: Path, options: DataOptions) -> Source:
             f"({_kinds(TABLE_EXTENSIONS)}){only}"
         )
     # Class folders may well hold tables about something else.
-    tables = [file for file in found if has_images(root, file, options.image_column_name)]
+    named = (options.image_column_name, options.label_column_name)
+    tables = [file for file in found if has_images(root, file, *named)]
     if tables and not options.class_folders:
         return _without(side, _beside_images(root, index, tables, options))
     try:
@@ -139,16 +140,17 @@ def _folder(root: Path, options: DataOptions) -> Source:
     except UserError as error:
         if not found or options.class_folders:
             raise
-        raise UserError(f"{error}. {_hint(root, found)}") from None
+        raise UserError(f"{error}. {_hint(root, found, options)}") from None
     if not options.class_folders:
         _refuse_unread_tables(root, index, side)
     return _image_folder(root, index, layout, tables, options)
 
 
-def _hint(root: Path, tables: list[str]) -> str:
+def _hint(root: Path, tables: list[str], options: DataOptions) -> str:
     """What to do with tables that may label images in no class folders, and are not understood."""
     first = f"{listed(tables, 60, 2)} may label them"
     try:
+        _files(root, group_by_split(tables, _named_splits(options)), tables[0], options)
         columns = column_names(root, tables[0])
     except UserError as error:
         return f"{first}, but {_short_paths(error, root)}"

@@ -75,8 +75,11 @@ def extension(file: str) -> str:
     return os.path.splitext(file)[1][1:].lower()
 
 
-def has_images(root: Path, file: str, override: str | None) -> bool:
-    """Whether a file that lies among images is a table of images, by its columns, and not about something else."""
+def has_images(root: Path, file: str, override: str | None, label: str | None = None) -> bool:
+    """Whether a file that lies among images is a table of images, by its columns, and not about something else.
+
+    `override` and `label`: the columns of images and labels that the user named.
+    """
     kind = extension(file)
     if kind == "tar":
         return False  # the archive that the images came in, rather
@@ -84,11 +87,11 @@ def has_images(root: Path, file: str, override: str | None) -> bool:
         if kind == "parquet":
             features = datasets.Features.from_arrow_schema(pq.read_schema(root / file))
             image = image_column(features, override, file)
-            return override is not None or not is_guess(image, features[image])
+            return override is not None or label in features or not is_guess(image, features[image])
         rows = _read_text([file], root, [override] if override else [], num_rows=_NUM_PEEKED)
         features = rows.table.features
         image = image_column(features, override, file, file_name_columns(rows.table.data.table))
-        if override is not None or not is_guess(image, features[image]):
+        if override is not None or label in features or not is_guess(image, features[image]):
             return True
         return bool(label_candidates(features)) and leads_to_images(rows.table.data.column(image), root / file)
     except Exception:  # whatever a file of another kind leads to
