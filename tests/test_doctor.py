@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import run, write_photos
 from fork_ranks import fork_ranks
+from image_fixtures import image_folder, png
 from lab import fork
 from torch.multiprocessing import ProcessExitedException
 
@@ -113,6 +114,43 @@ def test_doctor_with_missing_data_folder_fails_the_data_check(tmp_path: Path) ->
     assert lines(done.stdout)["data"] == ("FAIL", f"--data {tmp_path / 'nope'}: there is no such file or folder")
     assert lines(done.stdout)["all-reduce"] == ("skip", "one process") and done.stderr == ""
     assert files_below(tmp_path) == set()
+
+
+def doctor_on(root: Path, *flags: object, expect: int = 0) -> tuple[dict[str, tuple[str, str]], str]:
+    """What `vit-dist doctor` finds for the data in a folder: its lines by check, and all of its output."""
+    done = fork("doctor", "--data", root, "--model", "tiny", *flags, module="vit_dist.cli", expect=expect)
+    return lines(done.stdout), done.stdout
+
+
+def test_doctor_reports_an_image_that_does_not_decode_as_train_does(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "data", {"a": 12, "b": 12})
+    (root / "a" / "3.png").write_bytes((root / "a" / "3.png").read_bytes()[:40])
+    found, output = doctor_on(root, "--output_dir", tmp_path / "run", expect=1)
+    assert found["data"][0] == "FAIL" and "do not decode" in found["data"][1] and "a/3.png" in found["data"][1]
+    train = fork("train", "--data", root, "--model", "tiny", "--output_dir", tmp_path / "run", module="vit_dist.cli",
+                 expect=2)  # fmt: skip
+    assert "do not decode" in train.stderr and "nothing is wrong" not in output
+
+
+def test_doctor_warns_of_images_in_two_splits_and_prints_each_data_line_on_its_own(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "data", {"train/a": 8, "train/b": 8, "test/a": 4, "test/b": 4})
+    shutil.copy(root / "train/a/0.png", root / "test/a/copy.png")
+    found, output = doctor_on(root, "--output_dir", tmp_path / "run")
+    assert found["data"][0] == "warn" and "in validation or test and in another split too: 1" in found["data"][1]
+    assert "\\n" not in output and "\n      2 classes; train " in output and "1 to look at" in output
+
+
+def test_doctor_beside_a_run_with_other_settings_checks_the_folder_that_train_would_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = image_folder(tmp_path / "data", {"a": 12, "b": 12})
+    train = ("train", "--data", root, "--model", "tiny", "--max_steps", 1, "--report_to", "none")
+    fork(*train, module="vit_dist.cli")
+    found, _ = doctor_on(root, "--max_steps", 2)
+    status, text = found["run folder"]
+    assert status == "ok" and text.startswith("runs/data-2 can be written; runs/data holds a run with other settings")
+    assert found["disk"][1].endswith("runs/data-2") and not (tmp_path / "runs/data-2").exists()
 
 
 def test_doctor_with_unknown_argument_prints_one_line_and_exits_2() -> None:
@@ -283,9 +321,7 @@ def test_doctor_with_a_hub_data_set_looks_in_the_cache(tmp_path: Path, monkeypat
     hub = job("--data", "someone/bugs", "--cache_dir", tmp_path / "cache")
     monkeypatch.setattr(HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(sha="d" * 40))
     assert checks.check_data(hub).status == "warn", "there is a network, and nothing is downloaded yet"
-    rows = Dataset.from_dict(
-        {"image": [{"bytes": b"x" * i, "path": None} for i in range(1, 9)], "label": list("aabb" * 2)}
-    )
+    rows = Dataset.from_dict({"image": [{"bytes": png(i), "path": None} for i in range(24)], "label": list("aabb" * 6)})
     rows.cast(Features({**rows.features, "image": Image(decode=False)})).to_parquet(tmp_path / "rows.parquet")
     store = tmp_path / "cache" / "datasets"
     builder = Parquet(
@@ -295,7 +331,7 @@ def test_doctor_with_a_hub_data_set_looks_in_the_cache(tmp_path: Path, monkeypat
     (made,) = store.glob(f"bugs/*/0.0.0/{'d' * 40}")
     shutil.copytree(made, store / "someone___bugs" / "default" / "0.0.0" / ("d" * 40))
     found = checks.check_data(hub)
-    assert found.status == "ok" and found.detail.startswith("8 images") and "2 classes" in found.detail
+    assert found.status == "ok" and found.detail.startswith("24 images") and "2 classes" in found.detail
 
 
 def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:

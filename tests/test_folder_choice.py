@@ -147,7 +147,9 @@ def test_commands_started_together_get_a_folder_each() -> None:
     fork = multiprocessing.get_context("fork")
     start, leave, chosen = fork.Event(), fork.Event(), fork.Queue()
     seeds = ["1", "2", "3", "4"]
-    processes = [fork.Process(target=_hold, args=(["--seed", seed], start, chosen, leave)) for seed in seeds]
+    processes = [
+        fork.Process(target=_hold, args=(["--seed", seed], start, chosen, leave), daemon=True) for seed in seeds
+    ]
     for process in processes:
         process.start()
     start.set()

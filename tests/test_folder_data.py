@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import tarfile
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +37,10 @@ def load(tmp_path):
 
 @pytest.fixture
 def build(tmp_path):
-    def built(data: Path, **values: object) -> ImageData:
+    def built(data: Path, **values: Any) -> ImageData:
         quiet = lambda what: lambda done, total: None  # noqa: E731
-        return build_data(options(data, tmp_path / "cache", **values), ModelOptions(model="tiny"), 0, quiet)
+        most = values.pop("most_verified", None)
+        return build_data(options(data, tmp_path / "cache", **values), ModelOptions(model="tiny"), 0, quiet, most)
 
     return built
 
@@ -245,7 +248,26 @@ def test_one_class_in_two_normal_forms_is_one_class_across_splits(build, tmp_pat
 @pytest.mark.parametrize(("one", "two"), [("Tea", "tea"), (NFC, NFD), ("tea", "tea "), ("Straße", "STRASSE")])
 def test_classes_whose_names_look_alike_are_refused(build, tmp_path, one, two):
     message = refusal(build, image_folder(tmp_path / "data", {one: 2, two: 2, "other": 2}))
-    assert "look alike" in message and ascii(one) in message and ascii(two) in message
+    assert "look alike" in message
+    shown = (NFC, ascii(NFC), ascii(NFD)) if NFC in (one, two) else (f"'{one}'", f"'{two}'")
+    assert all(name in message for name in shown)
+
+
+def test_all_pairs_of_classes_whose_names_look_alike_are_counted(build, tmp_path):
+    names = [f"{first}{number}" for first in ("cow ", "Cow ") for number in range(4)]
+    message = refusal(build, image_folder(tmp_path / "data", dict.fromkeys(names, 2)))
+    assert "'Cow 0' and 'cow 0'; 'Cow 1' and 'cow 1' (and 2 more pairs)" in message
+
+
+def test_sizes_by_headers_and_by_decoding_are_those_of_upright_images(build, tmp_path):
+    root = image_folder(tmp_path / "data", {"a": 0, "b": 0})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned by 90 degrees
+    for number in range(20):
+        noise(number, (40, 20)).save(root / "ab"[number % 2] / f"{number}.jpg", exif=exif)
+    for verify_images in (True, False):
+        sizes = [line for line in build(root, verify_images=verify_images).description if "image sizes" in line]
+        assert len(sizes) == 1 and "all 20 x 40 pixels" in sizes[0]
 
 
 def test_labels_of_a_table_that_look_alike_are_refused(build, tmp_path):
@@ -271,7 +293,7 @@ def test_missing_files_are_another_error_than_broken_ones(load, tmp_path):
     bad = verify(table, DecodeRules(), cache_dir=str(tmp_path)).bad
     assert [row.missing for row in bad] == [True, False]
     message = refusal(apply_policy, table, bad, options(root, tmp_path), "train")
-    assert "1 of 6 image files of train are not there" in message and "--on_bad_image" not in message
+    assert "1 of 6 image files of train are not there" in message and "do not decode" not in message
     assert "--on_bad_image skip" in refusal(apply_policy, table, bad[1:], options(root, tmp_path), "train")
 
 
@@ -361,6 +383,48 @@ def test_equal_images_are_counted_and_shown(build, tmp_path):
     assert build(tmp_path / "data", verify_images=False).duplicates == {}
 
 
+def test_advice_for_missing_files_names_the_fraction_that_every_split_needs(build, tmp_path):
+    """A third of a table's files is gone; the flags of each message lead on, and the last one runs."""
+    names = [f"{number}.png" for number in range(60)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(encoded(noise(number)))
+    lines = [f"{name},{'ab'[number % 2]}" for number, name in enumerate(names)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *lines]))
+    for number in range(0, 60, 3):
+        (tmp_path / names[number]).unlink()
+    flags: dict[str, Any] = {}
+    for _ in range(3):
+        try:
+            data = build(tmp_path / "t.csv", **flags)
+        except UserError as error:
+            found = re.search(r"(--on_bad_image skip )?--max_bad_fraction ([\d.]+)( to leave|:)", str(error))
+            assert found, error
+            flags = {"on_bad_image": "skip", "max_bad_fraction": float(found[2])}
+        else:
+            break
+    assert sum(data.skipped.values()) == 20 and len(data.train) + len(data.validation) == 40
+
+
+def test_images_in_two_splits_and_classes_without_images_are_warnings(build, tmp_path):
+    assert "in validation or test and in another split too: 2" in build(duplicated(tmp_path / "d")).warnings[0]
+    root = image_folder(tmp_path / "e", {"a": 20, "b": 20, "rare": 1})
+    warnings = build(root).warnings
+    assert warnings == ["no images in validation of rare: the validation accuracy does not cover them"]
+
+
+def test_of_more_images_than_asked_for_a_sample_is_decoded(build, tmp_path):
+    root = image_folder(tmp_path / "d", {"a": 20, "b": 20})
+    assert "20 of 40 images decoded here; train decodes all" in build(root, most_verified=20).description
+    assert not any("decoded here" in line for line in build(root, most_verified=40).description)
+    for name in ("a", "b"):
+        for path in (root / name).iterdir():
+            path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(UserError, match="images of train do not decode"):
+        build(root, most_verified=20)
+    data = build(root, most_verified=20, on_bad_image="skip")
+    assert len(data.train) == 34 and any("17 of 17 images of train do not decode" in line for line in data.description)
+
+
 def test_a_data_set_without_duplicates_has_no_line_about_them(build, tmp_path):
     data = build(image_folder(tmp_path / "data", {"a": 5, "b": 5}))
     assert set(data.duplicates.values()) == {0} and not any("byte for byte" in line for line in data.description)
@@ -423,10 +487,11 @@ def test_doctor_shows_classes_and_sizes(tmp_path):
 
     from vit_dist.verbs.checks import check_data
 
-    data = options(image_folder(tmp_path / "data", {"cat": 3, "dog": 5}), tmp_path / "cache")
+    data = options(image_folder(tmp_path / "data", {"cat": 13, "dog": 15}), tmp_path / "cache")
     config = SimpleNamespace(data=data, model=ModelOptions(model="tiny"), data_seed=0)
     found = check_data(SimpleNamespace(config=config))  # type: ignore[arg-type]
-    assert "images by class in train: cat" in found.detail and "image sizes" in found.detail
+    text = "\n".join(found.lines)
+    assert "images by class in train: cat" in text and "image sizes" in text
 
 
 # Messages

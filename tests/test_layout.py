@@ -178,9 +178,9 @@ def test_one_sensible_reading_is_used(files, classes):
 
 # fmt: off
 NO_CLASSES = [
-    "results", "Plots", "outputs", "logs", "predictions", "annotations", "masks", "unlabeled", "un_labelled",
-    "unannotated", "unsorted", "pred", "New%folder", "dogs%-%Copy", "Copy%of%dogs", "dogs%(1)",
-    "dogs_copy", "Dogs%copy%2",
+    "results", "Plots", "Ergebnisse", "résultats", "outputs", "logs", "predictions", "annotations", "masks",
+    "unlabeled", "un_labelled", "unannotated", "unsorted", "pred", "New%folder", "dogs%-%Copy", "Copy%of%dogs",
+    "dogs%(1)", "dogs_copy", "Dogs%copy%2",
 ]
 # fmt: on
 

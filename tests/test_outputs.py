@@ -45,6 +45,7 @@ def test_best_model_loads_with_transformers_and_gives_the_predictions(folder: Pa
     assert len(table) == 11 and {row["split"] for row in table} == {"test"}
     for row in table:
         path = next(photos.glob(f"**/{row['id']}"))
+        assert row["path"] == str(path)
         with torch.no_grad():
             logits = model(**processor(Image.open(path).convert("RGB"), return_tensors="pt")).logits[0]
         assert row["probabilities"] == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)

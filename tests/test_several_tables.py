@@ -271,3 +271,13 @@ def test_one_attribute_of_several_is_used_if_named_and_the_others_are_said_to_be
     source = load(tmp_path / "t.csv", label_column_name="Smiling")
     assert "Smiling holds 0 and 1, as Young, Male do: they are not used" in source.description
     assert len(set(source.tables["train"]["label"])) == 2
+
+
+def test_table_of_unlabelled_images_beside_the_labelled_ones_is_named_as_not_used(tmp_path: Path) -> None:
+    images(tmp_path / "images", NAMES)
+    write(tmp_path / "train.csv", rows([Path(name).stem for name in NAMES[:5]], "image_id,label"))
+    write(tmp_path / "test.csv", "\n".join(["image_id", *(Path(name).stem for name in NAMES[5:])]) + "\n")
+    source = load(tmp_path)
+    assert "not used: test.csv" in source.description and "3 of 8 images in the folder are in no row" in (
+        source.description
+    )

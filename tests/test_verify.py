@@ -15,7 +15,7 @@ from vit_dist.data import verify as module
 from vit_dist.data.columns import common_table
 from vit_dist.data.decode import DecodeRules
 from vit_dist.data.source import load_source
-from vit_dist.data.verify import BadRow, apply_policy, verify
+from vit_dist.data.verify import BadRow, apply_policy, fraction_to_skip, verify
 from vit_dist.errors import UserError
 
 RULES = DecodeRules()
@@ -119,6 +119,20 @@ def test_advice_to_leave_out_many_bad_images_works_as_it_is_given(rows, tmp_path
     with pytest.raises(UserError, match=r"--on_bad_image skip --max_bad_fraction 0\.05:"):
         apply_policy(rows, bad, options("x", tmp_path), "train")
     apply_policy(rows, bad, options("x", tmp_path, on_bad_image="skip", max_bad_fraction=0.05), "train")
+
+
+@pytest.mark.parametrize(("missing", "kind"), [(True, "are missing"), (False, "do not decode")])
+@pytest.mark.parametrize("count", range(1, 120, 7))
+def test_advice_for_too_many_skipped_images_works_as_it_is_given(rows, tmp_path, missing, kind, count):
+    bad = [BadRow(index, f"{index}.png", "no such file", missing) for index in range(count)]
+    needed = fraction_to_skip([(count, 120), (0, 8), (0, 0)])
+    if needed > 0.01:
+        with pytest.raises(
+            UserError, match=rf"{count} of 120 images of train {kind} .*pass --max_bad_fraction {needed}"
+        ):
+            apply_policy(rows, bad, options("x", tmp_path, on_bad_image="skip"), "train", needed)
+    kept, _ = apply_policy(rows, bad, options("x", tmp_path, on_bad_image="skip", max_bad_fraction=needed), "train")
+    assert len(kept) == 120 - count
 
 
 def test_bad_images_are_left_out_on_request(rows, tmp_path):

@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -33,6 +35,12 @@ class ImageDataset(torch.utils.data.Dataset):
     def ids(self) -> Sequence[str]:
         """A name for each row: its path within the data, or file and row number."""
         return self.table["id"]
+
+    @property
+    def paths(self) -> pa.ChunkedArray:
+        """The file of each row, an absolute path; null for an image in a table."""
+        images = self.table.select_columns(["image"]).with_format("arrow")[:]["image"]
+        return pc.if_else(pc.is_null(pc.struct_field(images, "bytes")), pc.struct_field(images, "path"), None)
 
     def __getitem__(self, key: int) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([key]).items()}

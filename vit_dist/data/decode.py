@@ -82,6 +82,9 @@ class DecodeRules:
         return cls(options.max_image_pixels, options.min_image_side, (red, green, blue))
 
 
+_SWAPS_SIDES = (5, 6, 7, 8)  # orientations of EXIF that turn by 90 degrees
+
+
 def decode(image: Mapping[str, Any] | bytes | str | os.PathLike[str], rules: DecodeRules) -> Image.Image:
     """RGB, 8 bit, upright, of `{"bytes", "path"}` (bytes win), a file's bytes, or a path.
 
@@ -124,7 +127,7 @@ def decode_reduced(
 
 
 def stored_size(image: Mapping[str, Any] | bytes | str | os.PathLike[str]) -> tuple[int, int] | None:
-    """(width, height) in pixels by the header, before it is turned upright; None if there is none."""
+    """(width, height) in pixels of the upright image, by the header; None if it cannot be read."""
     _ignore_pillow_warnings()
     try:
         data, path = _parts(image)
@@ -132,7 +135,8 @@ def stored_size(image: Mapping[str, Any] | bytes | str | os.PathLike[str]) -> tu
             io.BytesIO(data) if data is not None else _open_regular(path) as file,
             Image.open(file, formats=_formats()) as opened,
         ):
-            return opened.size
+            width, height = opened.size
+            return (height, width) if _orientation(opened) in _SWAPS_SIDES else (width, height)
     except Exception:  # as above; decoding says what it is
         return None
 

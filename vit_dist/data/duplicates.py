@@ -34,13 +34,13 @@ class Duplicates:
     def __str__(self) -> str:
         parts = []
         if self.across_splits:
-            parts.append(f"{self.across_splits:,} of validation or test also in another split")
+            parts.append(f"in validation or test and in another split too: {self.across_splits:,}")
         if self.across_labels:
-            parts.append(f"{self.across_labels:,} under different labels")
+            parts.append(f"under two labels: {self.across_labels:,}")
         if self.within_splits:
-            parts.append(f"{self.within_splits:,} further copies within a split")
+            parts.append(f"further copies in one split: {self.within_splits:,}")
         examples = f" (for example {'; '.join(self.examples)})" if self.examples else ""
-        return f"images that are equal byte for byte: {', '.join(parts)}{examples}"
+        return f"equal images, byte for byte; {', '.join(parts)}{examples}"
 
     def __bool__(self) -> bool:
         return bool(self.across_splits or self.across_labels or self.within_splits)

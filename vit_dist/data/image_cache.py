@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from vit_dist.data.cache import cache_folder, locked
@@ -64,11 +65,17 @@ class CachedDataset(ByteDataset):
     def __init__(self, dataset: ImageDataset, folder: Path) -> None:
         table = dataset.table.remove_columns("image") if "image" in dataset.table.column_names else dataset.table
         super().__init__(table, dataset.transform, dataset.rules)
+        self._source = dataset
         self.folder, self._index = folder, np.load(folder / INDEX)
         self._pixels_on_disk: np.memmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels_on_disk": None}  # a map would be sent to a worker as all of its bytes
+        # A map would be sent to a worker as all of its bytes; workers need no paths.
+        return {**self.__dict__, "_pixels_on_disk": None, "_source": None}
+
+    @property
+    def paths(self) -> pa.ChunkedArray:
+        return self._source.paths
 
     def decoded(self, index: int) -> Image.Image:
         if self._pixels_on_disk is None:

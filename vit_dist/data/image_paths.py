@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -163,9 +164,17 @@ def _reading(texts: pa.ChunkedArray, folder: Path, origin: Origin) -> _Reading:
         shown = ", ".join(shortened(os.path.relpath(path, best.base), 100) for path in missing[:_MOST_LISTED])
         raise UserError(
             f"{origin.where}: {len(missing)} of the {len(found)} files that were checked are missing in {best.base}, "
-            f"for example {shown}: add them, remove their rows, or pass --on_bad_image skip"
+            f"for example {shown}: add them, remove their rows, or pass --on_bad_image skip --max_bad_fraction "
+            f"{_fraction_of_missing(found):g} to leave them out"
         )
     return best
+
+
+def _fraction_of_missing(found: Sequence[bool]) -> float:
+    """Twice the fraction of the checked files, since a split may have more than its part of them; verification says
+    exactly how many are missing.
+    """
+    return min(1.0, math.ceil(200 * (len(found) - sum(found)) / len(found)) / 100)
 
 
 def _exist(paths: pa.ChunkedArray) -> list[bool]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 
 from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.decode import DecodeRules, stored_size
@@ -26,9 +27,10 @@ from vit_dist.data.split import (
     table_fingerprint,
 )
 from vit_dist.data.transforms import Transform, load_processor
-from vit_dist.data.verify import Seen, apply_policy, judge_levels, verify
+from vit_dist.data.verify import Seen, Verified, apply_policy, fraction_to_skip, judge_levels, verify
 from vit_dist.options import DataOptions, ModelOptions
 
+_WARNING = "WARNING: "
 Progress = Callable[[str], Callable[[int, int], None]]
 
 
@@ -47,12 +49,20 @@ class ImageData:
     input_size: int  # pixels
     duplicates: dict[str, int] = field(default_factory=dict)  # numbers of equal images, if all were looked at
 
+    @property
+    def warnings(self) -> list[str]:
+        """What limits how far the result can be trusted."""
+        return [line.removeprefix(_WARNING) for line in self.description if line.startswith(_WARNING)]
 
-def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: Progress) -> ImageData:
+
+def build_data(
+    options: DataOptions, model: ModelOptions, seed: int, progress: Progress, most_verified: int | None = None
+) -> ImageData:
     """Load, split and verify the images; the hold-out and every choice of images depend on `seed` alone.
 
-    Slow parts are done by one process per cache while others wait on a file lock, not in a collective.
-    Raises UserError for everything that is wrong with the data.
+    Slow parts are done by one process per cache while others wait on a file lock, not in a collective. Of more than
+    `most_verified` images only as many are decoded, spread over all. Raises UserError for everything that is wrong
+    with the data.
     """
     rules = DecodeRules.from_options(options)
     processor = load_processor(model, options.cache_dir)
@@ -68,7 +78,11 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
         notes.append("no test split: no test result will be given")
     caps = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
     tables = {split: limit(table, getattr(options, caps[split]), seed, caps[split]) for split, table in tables.items()}
-    checked = _verified(tables, rules, options, progress)
+    total = sum(map(len, tables.values()))
+    if most_verified is not None and options.verify_images and total > most_verified:
+        checked = _sampled(tables, rules, options, progress, most_verified)
+    else:
+        checked = _verified(tables, rules, options, progress)
     tables, skipped = checked.tables, checked.skipped
     if any(skipped.values()):
         notes.append("left out bad images: " + ", ".join(f"{n} of {split}" for split, n in skipped.items() if n))
@@ -76,7 +90,8 @@ def build_data(options: DataOptions, model: ModelOptions, seed: int, progress: P
     notes += class_lines(tables["train"], classes)
     for split, table in tables.items():
         if missing := classes_without_images(table, classes):
-            notes.append(f"no images in {split} of {listed(missing, 120)}")
+            effect = "cannot be learned" if split == "train" else f"the {split} accuracy does not cover them"
+            notes.append(f"{_WARNING}no images in {split} of {listed(missing, 120)}: {effect}")
     if model.image_size is not None:
         notes += _enlargement(tables["train"], model.image_size)
     notes.append(size_line(checked.seen, sum(map(len, tables.values()))))
@@ -137,14 +152,46 @@ def _verified(
     skipped = dict.fromkeys(tables, 0)
     if not options.verify_images:
         return _Checked(tables, skipped, sample_sizes(list(tables.values())))
+    outcomes = _decoded(tables, rules, options, progress)
     checked, digests, seen, notes = {}, {}, Seen(), []
+    needed = fraction_to_skip([(len(outcomes[split].bad), len(table)) for split, table in tables.items()])
     for split, table in tables.items():
-        outcome = verify(table, rules, cache_dir=options.cache_dir, progress=progress(split))
-        checked[split], keep = apply_policy(table, outcome.bad, options, split)
+        outcome = outcomes[split]
+        checked[split], keep = apply_policy(table, outcome.bad, options, split, needed)
         digests[split], skipped[split] = outcome.digests[keep], int((~keep).sum())
         seen.add(outcome.seen)
         if note := judge_levels(outcome.seen, split):
             notes.append(note)
     if duplicates := find_duplicates(checked, digests):
-        notes.append(str(duplicates))
+        is_serious = duplicates.across_splits or duplicates.across_labels
+        notes.append(f"{_WARNING if is_serious else ''}{duplicates}")
     return _Checked(checked, skipped, seen, notes, duplicates.results())
+
+
+def _sampled(
+    tables: dict[str, datasets.Dataset], rules: DecodeRules, options: DataOptions, progress: Progress, most: int
+) -> _Checked:
+    """As `_verified` for `most` images, spread over each split; all rows are kept, and equal images are not counted."""
+    total = sum(map(len, tables.values()))
+    parts = {}
+    for split, table in tables.items():
+        rows = np.unique(np.linspace(0, len(table) - 1, max(1, most * len(table) // total)).astype(np.int64))
+        parts[split] = table.select(rows)
+    outcomes = _decoded(parts, rules, options, progress)
+    seen, notes = Seen(), [f"{sum(map(len, parts.values())):,} of {total:,} images decoded here; train decodes all"]
+    for split, outcome in outcomes.items():
+        seen.add(outcome.seen)
+        if outcome.bad and options.on_bad_image != "skip":
+            apply_policy(parts[split], outcome.bad, options, split)
+        if outcome.bad:
+            notes.append(f"{len(outcome.bad):,} of {len(parts[split]):,} images of {split} do not decode")
+    return _Checked(tables, dict.fromkeys(tables, 0), seen, notes)
+
+
+def _decoded(
+    tables: dict[str, datasets.Dataset], rules: DecodeRules, options: DataOptions, progress: Progress
+) -> dict[str, Verified]:
+    return {
+        split: verify(table, rules, cache_dir=options.cache_dir, progress=progress(split))
+        for split, table in tables.items()
+    }

@@ -134,7 +134,8 @@ def _folder(root: Path, options: DataOptions) -> Source:
     named = (options.image_column_name, options.label_column_name)
     tables = [file for file in found if has_images(root, file, *named)]
     if tables and not options.class_folders:
-        return _without(side, _beside_images(root, index, tables, options))
+        unread = [*side, *(file for file in found if file not in tables)]
+        return _without(unread, _beside_images(root, index, tables, options))
     try:
         layout = layout_of(root, index, options)
     except UserError as error:
@@ -157,8 +158,8 @@ def _hint(root: Path, tables: list[str], options: DataOptions) -> str:
     return f"{first}: name its columns ({listed(columns, 100)}) with --image_column_name and --label_column_name"
 
 
-def _without(side: list[str], source: Source) -> Source:
-    return replace(source, description=f"{source.description}; not used: {listed(side)}") if side else source
+def _without(unread: list[str], source: Source) -> Source:
+    return replace(source, description=f"{source.description}; not used: {listed(unread)}") if unread else source
 
 
 def _refuse_unread_tables(root: Path, index: FolderIndex, known: list[str]) -> None:
@@ -170,7 +171,7 @@ def _refuse_unread_tables(root: Path, index: FolderIndex, known: list[str]) -> N
                 image_column(rows.table.features, None, shortened(str(root / file), 100))
             except UserError as error:
                 raise UserError(
-                    f"{_short_paths(error, root)}; it names images of this folder: correct it, or pass "
+                    f"{_short_paths(error, root)}; it names images of this folder: correct the table, or pass "
                     "--class_folders top to ignore it"
                 ) from None
         raise UserError(

@@ -64,16 +64,26 @@ def _refuse_alike(names: Sequence[str], who: str) -> None:
     Letters are classes of their own: `A` and `a`.
     """
     known: dict[str, str] = {}
+    pairs = []
     for name in names:
         plain = normal_name(name).strip()
         key = plain.casefold() if len(plain) > 1 else plain
         if key in known:
-            one, two = shortened(ascii(known[key])), shortened(ascii(name))
-            raise UserError(
-                f"{who} two classes whose names look alike, {one} and {two}: rename one if they differ, or give both "
-                "one name (case, spaces around a name and Unicode normal forms do not tell classes apart)"
-            )
-        known[key] = name
+            pairs.append(_spelled(known[key], name))
+        known.setdefault(key, name)
+    if pairs:
+        more = f" (and {len(pairs) - 2:,} more pairs)" if len(pairs) > 2 else ""
+        raise UserError(
+            f"{who} two classes whose names look alike, {'; '.join(pairs[:2])}{more}: rename one if they differ, or "
+            "give both one name (case, spaces around a name and Unicode normal forms do not tell classes apart)"
+        )
+
+
+def _spelled(one: str, two: str) -> str:
+    """Both names; with escapes where their letters look the same."""
+    if normal_name(one) == normal_name(two):
+        return f"{shortened(normal_name(one), 30)} ({shortened(ascii(one), 40)} and {shortened(ascii(two), 40)})"
+    return f"'{shortened(one, 50)}' and '{shortened(two, 50)}'"
 
 
 def _raw_names(table: datasets.Dataset) -> list[str]:

@@ -58,6 +58,10 @@ _NO_CLASSES = frozenset([
     "segmentations", "heatmaps", "checkpoints", "thumbnails", "unlabeled", "unlabelled", "unannotated", "unsorted",
     "untagged", "tosort", "pred", "predict", "prediction", "newfolder", "untitledfolder", "neuerordner",
     "nouveaudossier", "nuevacarpeta", "novapasta", "nuovacartella",
+    "ergebnis", "ergebnisse", "auswertung", "auswertungen", "diagramme", "vorhersagen", "unsortiert",
+    "resultat", "resultats", "graphiques", "nontrie", "resultado", "resultados", "graficos", "predicciones",
+    "sinclasificar", "previsoes", "semrotulo", "risultato", "risultati", "grafici", "previsioni", "resultaten",
+    "grafieken", "voorspellingen", "wyniki", "wykresy",
 ])
 _VARIANTS = frozenset([
     "original", "originals", "orig", "raw", "augmented", "augmentation", "augmentations", "aug", "processed",

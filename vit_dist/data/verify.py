@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,33 +105,46 @@ def verify(
     return outcome
 
 
+def fraction_to_skip(counts: Sequence[tuple[int, int]]) -> float:
+    """The `--max_bad_fraction` with which every split may lose its bad images, rounded up to 1 %.
+
+    `counts`: bad images and all images of each split.
+    """
+    return max((math.ceil(100 * bad / total) / 100 for bad, total in counts if total), default=0.0)
+
+
 def apply_policy(
-    table: datasets.Dataset, bad: Sequence[BadRow], options: DataOptions, split_name: str
+    table: datasets.Dataset, bad: Sequence[BadRow], options: DataOptions, split_name: str, needed: float | None = None
 ) -> tuple[datasets.Dataset, np.ndarray]:
     """The table without its bad rows, and for each row whether it was kept.
 
-    Raises `UserError` listing them, unless they may be skipped and are no more than `max_bad_fraction`.
+    `needed` is the `max_bad_fraction` that lets all splits pass, for the message; by default that of this split.
+    Raises `UserError` listing the rows, unless they may be skipped and are no more than `max_bad_fraction`.
     """
     keep = np.ones(len(table), bool)
     if not bad:
         return table, keep
+    needed = fraction_to_skip([(len(bad), len(table))]) if needed is None else needed
     missing = [row for row in bad if row.missing]
+    flag = f" --max_bad_fraction {needed:g}" if needed > options.max_bad_fraction else ""
+    skip = f", or pass --on_bad_image skip{flag}" if len(bad) < len(table) and needed < 1 else ""
     if missing and options.on_bad_image != "skip":
         raise UserError(
             f"{len(missing):,} of {len(table):,} image files of {split_name} are not there; correct their paths or "
-            "restore them:",
+            f"restore them{skip}:",
             _listed(missing),
         )
-    count = f"{len(bad):,} of {len(table):,} images of {split_name} do not decode"
+    kinds = (
+        "are missing" if len(missing) == len(bad) else "do not decode or are missing" if missing else "do not decode"
+    )
+    count = f"{len(bad):,} of {len(table):,} images of {split_name} {kinds}"
     if options.on_bad_image != "skip":
-        skip = ", or leave them out with --on_bad_image skip" if len(bad) < len(table) else ""
-        if skip and len(bad) > options.max_bad_fraction * len(table):
-            skip += f" --max_bad_fraction {np.ceil(100 * len(bad) / len(table)) / 100:g}"
         raise UserError(f"{count}; mend or remove them{skip}:", _listed(bad))
-    if len(bad) > options.max_bad_fraction * len(table) or len(bad) == len(table):
+    if len(bad) / len(table) > options.max_bad_fraction or len(bad) == len(table):
+        pass_it = f"; pass --max_bad_fraction {needed:g} to leave them out" if needed < 1 else ""
         raise UserError(
             f"{count} ({len(bad) / len(table):.2%}), too many for --on_bad_image skip with "
-            f"--max_bad_fraction {options.max_bad_fraction:g}:",
+            f"--max_bad_fraction {options.max_bad_fraction:g}{pass_it}:",
             _listed(bad),
         )
     keep[[row.index for row in bad]] = False

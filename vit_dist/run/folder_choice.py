@@ -34,11 +34,11 @@ class Choice:
     note: str = ""
 
 
-def settle(config: Config, held: contextlib.ExitStack) -> Config:
+def settle(config: Config, held: contextlib.ExitStack | None) -> Config:
     """`config` with the folder of the run; unchanged if `--output_dir` was given.
 
-    Rank 0 chooses the folder and owns it until `held` is closed; the other ranks get its answer. All ranks call this
-    before the process group is made. Raises UserError on every rank.
+    Rank 0 chooses the folder and owns it until `held` is closed (None: it only chooses, and writes nothing); the other
+    ranks get its answer. All ranks call this before the process group is made. Raises UserError on every rank.
     """
     if config.output_dir_given:
         return config
@@ -47,7 +47,7 @@ def settle(config: Config, held: contextlib.ExitStack) -> Config:
     world_size = distributed.launched_world_size()
 
     def choose_and_own() -> list[str]:
-        choice = take(config, world_size, held)
+        choice = choose(config, world_size) if held is None else take(config, world_size, held)
         return [str(choice.folder), choice.note]
 
     folder, note = distributed.decided_on_main("run_folder", choose_and_own)

@@ -39,14 +39,17 @@ def confusions(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
     ]
 
 
-def closing_lines(folder: Path, split: str, confused: Sequence[str]) -> list[str]:
+def closing_lines(folder: Path, split: str, confused: Sequence[str], warnings: Sequence[str]) -> list[str]:
     """What a person wants to know of a finished run beside its accuracy."""
-    lines = [f"most frequent confusions in {split}: {'; '.join(confused) or 'none'}"]
+    lines = [f"WARNING: {warning}" for warning in warnings]
+    lines += [f"most frequent confusions in {split}: {'; '.join(confused) or 'none'}"]
     return [*lines, f"model: {folder / 'best'}", f"predictions of {split}: {folder / 'predictions.parquet'}"]
 
 
 def write_predictions(path: Path, dataset: ImageDataset, split: str, classes: list[str], logits: np.ndarray) -> None:
-    """One row per image: `split`, `id`, `label`, `predicted`, `correct`, `probabilities` (float32, in class order)."""
+    """One row per image: `split`, `id`, `path` (of the file; null for an image in a table), `label`, `predicted`,
+    `correct`, `probabilities` (float32, in class order).
+    """
     labels = np.asarray(dataset.table["label"])
     shifted = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64))
     probabilities = (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -56,6 +59,7 @@ def write_predictions(path: Path, dataset: ImageDataset, split: str, classes: li
         {
             "split": pa.array([split] * len(labels)),
             "id": pa.array(list(dataset.ids), pa.string()),
+            "path": dataset.paths,
             "label": pa.array(names[labels].tolist(), pa.string()),
             "predicted": pa.array(names[predicted].tolist(), pa.string()),
             "correct": pa.array(predicted == labels),

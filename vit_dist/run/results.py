@@ -82,7 +82,7 @@ def conclude(
     if not config.run.keep_checkpoints:  # `best` was reloaded and compared, and status.json says that it is there
         on_main(lambda: discard_checkpoints(folder))
     confused = report.confusions(np.asarray(dataset.table["label"]), logits.argmax(axis=1), data.classes)
-    console.say(run_folder.describe(folder), *report.closing_lines(folder, split, confused))
+    console.say(run_folder.describe(folder), *report.closing_lines(folder, split, confused, data.warnings))
 
 
 def discard_checkpoints(folder: Path) -> None:

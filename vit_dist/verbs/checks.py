@@ -23,16 +23,21 @@ from vit_dist.errors import UserError
 from vit_dist.files import nearest_folder
 
 MIB, GIB = 2**20, 2**30
+MOST_DECODED = 20_000  # images, which two cores decode in a minute or two
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found on one rank. `same` must be equal on all ranks; `cure` says what to do if it is not."""
+    """What a check found on one rank. `same` must be equal on all ranks; `cure` says what to do if it is not.
+
+    `lines` are printed below the first rank's result.
+    """
 
     status: str  # ok, warn, skip, FAIL
     detail: str
     same: Mapping[str, str] = field(default_factory=dict)
     cure: str = ""
+    lines: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -165,17 +170,18 @@ def check_source(config: Config) -> Result | None:
 
 
 def check_data(job: Job) -> Result:
-    """Read what there is, without a network: a data set that has to be downloaded first is said, not downloaded."""
+    """Read and decode what there is, without a network: a data set that has to be downloaded first is said, not
+    downloaded. What is decoded is remembered: training does not decode it for this again.
+    """
     from vit_dist.data.hub import offline
     from vit_dist.data.pipeline import build_data
 
     if (elsewhere := check_source(job.config)) is not None:
         return elsewhere
-    options = dataclasses.replace(job.config.data, verify_images=False)
     # The images are the same whatever the model; what is wrong with the model is another check's to say.
     model = job.config.model if not _missing_files(job.config) else dataclasses.replace(job.config.model, model="tiny")
     with offline(True):
-        data = build_data(options, model, job.config.data_seed, console.progress)
+        data = build_data(job.config.data, model, job.config.data_seed, console.progress, MOST_DECODED)
     record = data.record
     fingerprint, classes = record["fingerprint"][:12], f"{len(data.classes)} ({record['classes'][:12]})"
     counts = record["splits"]
@@ -183,10 +189,11 @@ def check_data(job: Job) -> Result:
     splits = ", ".join(f"{split} {count:,}" for split, count in images.items())
     found = f"{sum(images.values()):,} images ({splits}), {len(data.classes)} classes, fingerprint {fingerprint}"
     return Result(
-        "ok",
-        "\n           ".join([found, *data.description]),
+        "warn" if data.warnings else "ok",
+        "; ".join([found, *data.warnings]),
         {"fingerprint": fingerprint, "list of classes": classes},
         "all hosts must see the same files",
+        data.description,
     )
 
 

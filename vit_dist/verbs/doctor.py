@@ -30,7 +30,7 @@ from vit_dist.batch import split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import nearest_folder
-from vit_dist.run import attempts
+from vit_dist.run import attempts, folder_choice
 from vit_dist.verbs import checks
 from vit_dist.verbs.checks import MIB, Job, Process, Result
 
@@ -55,6 +55,8 @@ def doctor(config: Config) -> bool:
 
     bundle.check(config)
     idle_gpus = distributed.use_one_device()
+    with waiting("launch"):
+        config = folder_choice.settle(config, held=None)
     precision = tried(checks.check_precision, config)
     batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
     with waiting("launch"):
@@ -135,6 +137,8 @@ def report(found: Mapping[str, Result | None], job: Job) -> tuple[int, int]:
             console.say(f"{status:<5} {name}: {line}")
             counts[0] += status == "FAIL"
             counts[1] += status == "warn"
+        if results:
+            console.say(*(f"      {line}" for line in results[min(results)].lines))
     return counts[0], counts[1]
 
 
@@ -210,7 +214,8 @@ def check_run_folder(job: Job) -> Result:
         where = f"rank 0's file does not appear in {levels[first[0]]}"
         return Result("FAIL", f"{where}; choose an --output_dir that all hosts share")
     shared = ", shared by all ranks" if first and len(job.processes) > 1 else ""
-    return Result("ok", f"{job.config.output_dir} can be written{shared}")
+    note = f"; {job.config.output_dir_note}" if job.config.output_dir_note else ""
+    return Result("ok", f"{job.config.output_dir} can be written{shared}{note}")
 
 
 def _leave_file(job: Job) -> Path:
