@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from test_run_folder import FACTS, complete, save_checkpoint
 from vit_dist import distributed
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
-from vit_dist.run import attempts, folder_choice
+from vit_dist.run import attempts, folder_choice, owner
 from vit_dist.run.folder_choice import choose
 
 
@@ -165,6 +167,29 @@ def test_commands_started_together_get_a_folder_each() -> None:
         process.join(60)
     assert set(found) == set(seeds)
     assert sorted(found.values()) == ["digits", "digits-2", "digits-3", "digits-4"]
+
+
+def test_owner_that_has_not_yet_written_its_settings_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "digits"
+    folder.mkdir(parents=True)
+    fork = multiprocessing.get_context("fork")
+    locked, leave = fork.Event(), fork.Event()
+    other = fork.Process(target=_lock_then_write, args=(folder / owner.LOCK, locked, leave), daemon=True)
+    other.start()
+    assert locked.wait(60)
+    assert settle("--seed", "7").output_dir.name == "digits-2"
+    leave.set()
+    other.join(60)
+
+
+def _lock_then_write(lock: Path, locked: Any, leave: Any) -> None:
+    with lock.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        locked.set()
+        time.sleep(1)
+        file.write('{"settings": "of another run"}')
+        file.flush()
+        leave.wait()
 
 
 def _ranks(rank: int, world_size: int, out: str) -> None:

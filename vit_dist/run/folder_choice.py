@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,19 +75,34 @@ def take(config: Config, world_size: int, held: contextlib.ExitStack) -> Choice:
         choice, ours = choose(config, world_size, busy), digest(config)
         mine = contextlib.ExitStack()
         try:
-            try:
-                mine.enter_context(owned(choice.folder, 0, settings=ours))
-            except FolderInUse as other:
-                if other.settings not in (ours, None):
-                    busy.add(choice.folder)
-                    continue
-                mine.enter_context(owned(choice.folder, PATIENCE, settings=ours))
+            if not _own(choice.folder, ours, mine):
+                busy.add(choice.folder)
+                continue
             if choose(config, world_size, busy) == choice:  # else another command has just come or gone
                 held.push(mine.pop_all().__exit__)
                 return choice
         finally:
             mine.close()
     raise UserError(f"{config.output_dir}: {MOST_TRIES} other runs begin in this place; give an --output_dir")
+
+
+def _own(folder: Path, ours: str, held: contextlib.ExitStack) -> bool:
+    """Own `folder` until `held` is closed; False if a process with other settings owns it.
+
+    An owner locks the file first and writes its settings then, so a lock without settings is read again: a process on
+    a busy machine can stop between the two. Raises FolderInUse after `PATIENCE` seconds.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            held.enter_context(owned(folder, 0, settings=ours))
+            return True
+        except FolderInUse as other:
+            if other.settings not in (ours, None):
+                return False
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def choose(config: Config, world_size: int | None, busy: Collection[Path] = ()) -> Choice:
