@@ -151,6 +151,8 @@ def test_doctor_beside_a_run_with_other_settings_checks_the_folder_that_train_wo
     status, text = found["run folder"]
     assert status == "ok" and text.startswith("runs/data-2 can be written; runs/data holds a run with other settings")
     assert found["disk"][1].endswith("runs/data-2") and not (tmp_path / "runs/data-2").exists()
+    found, _ = doctor_on(root, "--max_steps", 1)
+    assert found["run folder"][1].startswith("runs/data can be written; it holds runs/data: complete, eval accuracy")
 
 
 def test_doctor_with_unknown_argument_prints_one_line_and_exits_2() -> None:

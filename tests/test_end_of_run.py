@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,23 @@ def test_complete_run_shows_confusions_and_paths_and_deletes_its_checkpoints(sho
     assert f"a complete run is not resumed; train on from its model in a new one: --model {folder}/best" in refused
     longer = short.run(folder, "--max_steps", 20, "--allow_change", "max_steps", expect=2).output
     assert f"a complete run cannot be changed; train on from it in a new one: --model {folder}/best" in longer
+
+
+def test_complete_run_is_refused_for_other_data_and_not_without_them(
+    photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(photos, tmp_path / "photos")
+    run = Lab(tmp_path, ["--data", data, "--model", checkpoint, *AT_DEFAULT, "--max_steps", 2])
+    folder = tmp_path / "run"
+    run.run(folder)
+    image = next(path for path in sorted((data / "train").rglob("*")) if path.is_file())
+    more = shutil.copy(image, image.with_name(f"added{image.suffix}"))
+    assert f"{folder}: the data changed since the run began (fingerprint, splits)" in run.run(folder, expect=2).output
+    Path(more).unlink()
+    assert "Nothing to do" in run.run(folder).output
+    shutil.rmtree(data / "train")
+    output = run.run(folder).output
+    assert "the data cannot be compared with those of the run: " in output and "Nothing to do" in output
 
 
 def test_checkpoints_are_kept_where_that_was_asked_for(short: Lab, tmp_path: Path) -> None:

@@ -458,7 +458,7 @@ def test_classes_and_sizes_are_shown(build, tmp_path):
         assert "class00 2, class01 2" in classes and classes.endswith("and 71 more")
         assert any(line.startswith("smallest class: class00 2; largest: class06 7") for line in lines)
         (sizes,) = [line for line in lines if line.startswith("image sizes")]
-        assert "4 x 10 to 84 x 90 pixels" in sizes and of in sizes
+        assert "4 to 84 x 10 to 90 pixels" in sizes and of in sizes
         assert max(map(len, lines[1:])) < 200
 
 

@@ -148,7 +148,7 @@ def test_one_hot_columns_of_text_or_numbers_are_refused(tmp_path: Path, no: str,
     root = tmp_path / "d"
     images(root, NAMES[:3])
     write(root / "_classes.csv", f"filename,cat,dog\n{NAMES[0]},{yes},{no}\n{NAMES[1]},{no},{yes}\n")
-    assert "columns cat, dog hold 0 and 1 (one-hot)" in refusal(root)
+    assert f"columns cat, dog hold {no.strip()} and {yes.strip()} (one-hot)" in refusal(root)
 
 
 def test_note_on_an_old_encoding_shows_a_word_of_it(tmp_path: Path) -> None:
@@ -267,10 +267,81 @@ def test_one_attribute_of_several_is_used_if_named_and_the_others_are_said_to_be
     values = [(yes if row % 2 else no, yes if row % 3 else no, yes if row > 4 else no) for row in range(len(NAMES))]
     lines = [f"{name},{','.join(flags)}" for name, flags in zip(NAMES, values, strict=True)]
     write(tmp_path / "t.csv", "\n".join(["image,Smiling,Young,Male", *lines]) + "\n")
-    assert "columns Smiling, Young, Male hold 0 and 1 (several classes per image)" in refusal(tmp_path / "t.csv")
+    held = " and ".join(sorted([no, yes]))
+    said = refusal(tmp_path / "t.csv")
+    assert f"columns Smiling, Young, Male hold {held} (several classes per image, of which one is supported)" in said
+    assert said.endswith("write one column label, or take one with --label_column_name Smiling")
     source = load(tmp_path / "t.csv", label_column_name="Smiling")
-    assert "Smiling holds 0 and 1, as Young, Male do: they are not used" in source.description
+    assert f"not used: Young, Male ({held}, as in Smiling)" in source.description
     assert len(set(source.tables["train"]["label"])) == 2
+
+
+def test_one_hot_columns_beside_the_labels_are_named_unless_they_say_the_same(tmp_path: Path) -> None:
+    images(tmp_path, NAMES)
+    for label, is_told in (("kind", False), ("species", True)):
+        values = [KINDS[row % 3] if label == "kind" else ("apple", "pear")[row % 2] for row in range(len(NAMES))]
+        lines = [f"{line},{value}" for line, value in zip(one_hot().splitlines()[1:], values, strict=True)]
+        write(tmp_path / "t.csv", "\n".join([f"image_id,{','.join(KINDS)},{label}", *lines]) + "\n")
+        description = load(tmp_path / "t.csv", label_column_name=label).description
+        assert ("not used: healthy, rust, scab (0 and 1, one-hot)" in description) == is_told
+
+
+def test_table_without_a_name_of_labels_beside_images_is_refused_with_its_columns(tmp_path: Path) -> None:
+    images(tmp_path, NAMES)
+    write(tmp_path / "t.csv", "\n".join(["image,Smiling", *(f"{name},{row % 2}" for row, name in enumerate(NAMES))]))
+    assert "looks like labels (image, Smiling): name one with --label_column_name" in refusal(tmp_path)
+    assert len(set(load(tmp_path, label_column_name="Smiling").tables["train"]["label"])) == 2
+
+
+def kaggle(root: Path, table: str, label: str = "label", test: str = "test", stems: bool = True) -> Path:
+    """Class folders to train on, images without classes to test on, and a table that names the latter."""
+    for kind in ("cat", "dog"):
+        images(root / "train" / kind, [f"{kind}.{row}.png" for row in range(6)])
+    images(root / test, [f"{row}.png" for row in range(4)])
+    rows = [f"{row}{'' if stems else '.png'},{('cat', 'dog')[row % 2]}" for row in range(4)]
+    write(root / table, "\n".join([f"id,{label}", *rows]) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("table", ["sample_submission.csv", "sampleSubmission.csv", "predictions.csv"])
+@pytest.mark.parametrize("test", ["test", "test1"])
+def test_submission_beside_class_folders_gives_no_labels(tmp_path: Path, table: str, test: str) -> None:
+    root = kaggle(tmp_path / "d", table, test=test)
+    said = refusal(root)
+    assert "4 images lie directly in it" in said and "--test_split none" in said
+    assert f"{table} is not read for labels, by its name" in said
+    source = load(root, test_split="none")
+    assert len(source.tables["train"]) == 12 and f"not used: {table}" in source.description
+
+
+@pytest.mark.parametrize("table", ["labels.csv", "test_labels.csv", "test.csv"])
+def test_table_of_images_outside_the_class_folders_is_refused_with_flags_that_work(tmp_path: Path, table: str) -> None:
+    root = kaggle(tmp_path / "d", table)
+    assert "--class_folders top --test_split none" in refusal(root)
+    assert len(load(root, class_folders="top", test_split="none").tables["train"]) == 12
+
+
+def test_list_of_test_images_without_labels_needs_no_second_flag(tmp_path: Path) -> None:
+    root = kaggle(tmp_path / "d", "test.csv", label="width")
+    assert "--test_split none" in refusal(root)
+    assert len(load(root, test_split="none").tables["train"]) == 12
+
+
+def test_names_that_lie_in_several_class_folders_are_no_reason_for_an_image_root(tmp_path: Path) -> None:
+    root = kaggle(tmp_path / "d", "x.csv")
+    (root / "x.csv").unlink()
+    rows = [f"{kind}.{row}.png,{kind}" for kind in ("cat", "dog") for row in range(6)]
+    write(root / "train.csv", "\n".join(["file,label", *rows]))
+    said = refusal(root)
+    assert "they lie in several folders" in said and "--image_root" not in said
+
+
+def test_table_for_training_reads_the_training_folder_of_two_that_have_its_names(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 4)):
+        images(tmp_path / split, [f"{row}.png" for row in range(count)])
+    write(tmp_path / "train.csv", "\n".join(["id,breed", *(f"{row},{'ab'[row % 2]}" for row in range(6))]))
+    source = load(tmp_path)
+    assert len(source.tables["train"]) == 6 and f"image files in {tmp_path / 'train'}" in source.description
 
 
 def test_table_of_unlabelled_images_beside_the_labelled_ones_is_named_as_not_used(tmp_path: Path) -> None:

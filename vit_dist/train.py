@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_dist import __version__, first_look
@@ -29,6 +30,7 @@ if __name__ == "__main__":  # before the next imports, which take seconds and lo
 from vit_dist import bundle, console, distributed, entry, stop
 from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
+from vit_dist.errors import UserError
 from vit_dist.run import attempts, folder_choice, run_folder
 from vit_dist.run.owner import owned
 
@@ -68,6 +70,7 @@ def train(config: Config) -> None:
             distributed.on_main(lambda: own(config, held))
         attempt = distributed.on_main(lambda: attempts.inspect(config, asked, args.world_size))
         if attempt.finished:
+            distributed.on_main(lambda: require_same_data(config))
             console.say(attempt.finished)
             return
         attempt.processes = distributed.gather((socket.gethostname(), os.getpid()))
@@ -79,6 +82,23 @@ def train(config: Config) -> None:
 def own(config: Config, held: contextlib.ExitStack) -> None:
     """The run folder, for this process alone, until `held` ends."""
     held.enter_context(owned(config.output_dir, settings=folder_choice.digest(config)))
+
+
+def require_same_data(config: Config) -> None:
+    """On rank 0, for a complete run. Raises UserError if its images have changed; says so if they cannot be read.
+
+    Data of the hub are not read: their revision is a setting.
+    """
+    from vit_dist.data.pipeline import build_data
+
+    if not Path(config.data.data).expanduser().exists():
+        return
+    try:
+        data = build_data(config.data, config.model, config.data_seed, console.progress)
+    except UserError as error:
+        console.say(f"the data cannot be compared with those of the run: {error}")
+        return
+    attempts.check_data(config.output_dir, data.record)
 
 
 def fit(

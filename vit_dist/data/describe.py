@@ -34,8 +34,10 @@ def size_line(seen: Seen, total: int) -> str:
     """The range of the sizes of images, and of how many it is known."""
     if not seen.images:
         return "image sizes: not known, no header could be read"
-    least, most = f"{seen.narrowest} x {seen.lowest}", f"{seen.widest} x {seen.highest}"
-    sizes = f"all {least}" if least == most else f"{least} to {most}"
+    if (seen.narrowest, seen.lowest) == (seen.widest, seen.highest):
+        sizes = f"all {seen.narrowest} x {seen.lowest}"
+    else:
+        sizes = f"{seen.narrowest:,} to {seen.widest:,} x {seen.lowest:,} to {seen.highest:,}"
     of = f"all {total:,}" if seen.images >= total else f"{seen.images:,} of {total:,}"
     return f"image sizes (width x height): {sizes} pixels, by {of} images"
 

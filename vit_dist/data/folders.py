@@ -78,8 +78,14 @@ def folder_notes(index: FolderIndex) -> list[str]:
     return notes
 
 
-def num_without_row(root: Path, index: FolderIndex, tables: Iterable[datasets.Dataset]) -> tuple[int, int]:
-    """How many of the images in the folder no table names, and how many rows hold their image themselves."""
+def is_used(index: FolderIndex, layout: Layout) -> np.ndarray:
+    """Which of the images in the folder the layout reads."""
+    used = {folder for split in layout.splits.values() for folder in split}
+    return np.array([folder in used for folder in index.folders], bool)[index.folder_of]
+
+
+def without_row(root: Path, index: FolderIndex, tables: Iterable[datasets.Dataset]) -> tuple[np.ndarray, int]:
+    """Which of the images in the folder no table names, and how many rows hold their image themselves."""
     missing, embedded = pa.array(np.ones(len(index.images), bool)), 0
     here = _absolute(root, index.images)
     for table in tables:
@@ -88,7 +94,20 @@ def num_without_row(root: Path, index: FolderIndex, tables: Iterable[datasets.Da
         embedded += len(table) - len(paths)
         named = pa.array([os.path.normpath(path) for path in paths.to_pylist() if path is not None], pa.string())
         missing = pc.and_(missing, pc.invert(pc.is_in(here, value_set=named)))
-    return pc.sum(missing).as_py() or 0, embedded
+    return missing.to_numpy(zero_copy_only=False), embedded
+
+
+def folders_without_row(index: FolderIndex, missing: np.ndarray) -> list[str]:
+    """Folders side by side of which no image is in a row, if they hold at least as many images as the rows name."""
+    counts = np.bincount(index.folder_of, minlength=len(index.folders))
+    lost = np.bincount(index.folder_of[missing], minlength=len(index.folders))
+    whole = [number for number in np.flatnonzero(counts) if counts[number] == lost[number]]
+    beside: dict[str, list[int]] = {}
+    for number in whole:
+        beside.setdefault(index.folders[number].rpartition("/")[0], []).append(int(number))
+    several = [number for numbers in beside.values() if len(numbers) > 1 for number in numbers]
+    enough = counts[several].sum() >= len(missing) - missing.sum()
+    return sorted(index.folders[number] for number in several) if enough else []
 
 
 def _absolute(root: Path, paths: pa.Array) -> pa.Array:

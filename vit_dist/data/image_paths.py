@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.index import IMAGE_EXTENSIONS
-from vit_dist.data.listing import shortened
+from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split_words import split_word
 from vit_dist.errors import UserError
 
@@ -258,12 +258,20 @@ def _none_found(sample: pa.ChunkedArray, num_rows: int, base: Path, origin: Orig
         message += f", for example {shortened(first, 100)}"
     else:
         message += f": paths such as {shortened(first, 60)} are relative to {base}"
-    places = _search(first, base if origin.image_root is None else origin.folders[0])
+    start = base if origin.image_root is None else origin.folders[0]
+    places = _search(first, start)
     if not places and (other := _other_suffix(first, base)):
         return f"{message}; {other} is there: correct the suffixes, or leave them out"
     if not places:
         return f"{message}. Pass --image_root with the folder that they are relative to"
     name, folder = places[0]
+    some = sample.to_pylist()[:: max(1, len(sample) // 10)]
+    others = {str(found[0][1]) for value in some if (found := _search(value, start))}
+    if several := sorted(others - {str(one) for _, one in places}):
+        shown = listed([os.path.relpath(one, base) for one in [str(folder), *several]], 160, 4)
+        return (
+            f"{message}; they lie in several folders ({shown}): write each path relative to that folder into the table"
+        )
     also = f" (or {places[1][1]})" if len(places) > 1 else ""
     return f"{message}; {shortened(name, 60)} lies in {folder}: pass --image_root {folder}{also}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import datasets
 import numpy as np
@@ -39,9 +40,8 @@ def find_labels(table: datasets.Dataset, image: str, override: str | None, where
             raise UserError(f"{where}: {reason}")
     others = {name: feature for name, feature in features.items() if name != image}
     name = label_column(features if override is not None else others, override, where)
-    if override is not None:
-        return name, _judge_flag(table, image, name, where)
-    return name, [f"{name} is a guess: --label_column_name"] if is_guess(name, features[name]) else []
+    guess = [f"{name} is a guess: --label_column_name"] if override is None and is_guess(name, features[name]) else []
+    return name, [*guess, *_judge_flags(table, image, name, where, named=override is not None)]
 
 
 def _of_the_same(table: datasets.Dataset, group: list[str], where: str) -> tuple[str, list[str]]:
@@ -95,18 +95,36 @@ def _one_hot(table: datasets.Dataset, image: str) -> str | None:
     if len(flags) < 2:
         return None
     per_row = np.sum(list(flags.values()), axis=0)
-    several = "several classes per image" if (per_row > 1).any() else "one-hot"
-    return f"columns {listed(flags)} hold 0 and 1 ({several}): write one column label with the class of each row"
+    what = f"columns {listed(flags)} hold {_spelled(table, flags)}"
+    if (per_row > 1).any():
+        choice = f"write one column label, or take one with --label_column_name {shortened(next(iter(flags)))}"
+        return f"{what} (several classes per image, of which one is supported): {choice}"
+    return f"{what} (one-hot): write one column label with the class of each row"
 
 
-def _judge_flag(table: datasets.Dataset, image: str, label: str, where: str) -> list[str]:
-    """A note if the column that the user named as labels is one of several columns of 0 and 1.
+def _spelled(table: datasets.Dataset, names: Iterable[str]) -> str:
+    """The two most frequent values of the first column, as the table spells them: `0 and 1`, `no and yes`."""
+    column = table.data.column(next(iter(names)))
+    counts = pc.value_counts(column.cast(_value_type(column))).to_pylist()
+    common = sorted(counts, key=lambda one: -one["counts"])[:2]
+    texts = ["" if one["values"] is None else str(one["values"]).strip() for one in common]
+    return " and ".join(sorted(text or "nothing" for text in texts))
 
-    Raises `UserError` if it is one column of a one-hot encoding of three or more classes: as labels it would merge all
+
+def _judge_flags(table: datasets.Dataset, image: str, label: str, where: str, named: bool) -> list[str]:
+    """A note on columns of 0 and 1 beside the labels; `named`: the user has named the column of the labels.
+
+    Raises `UserError` if the labels are one column of a one-hot encoding of three or more classes: they would merge all
     classes but one.
     """
-    flags = _flags(table.select_columns([label]), image) and _flags(table, image)
-    if label not in flags or len(flags) < 2:
+    flags = _flags(table, image)
+    if label not in flags:
+        rest = [name for name in flags if name != label]
+        exact = len(rest) > 1 and (np.sum([flags[name] for name in rest], axis=0) == 1).all()
+        if not exact or _one_to_one_hot(table, label, flags):
+            return []
+        return [f"not used: {listed(rest, 100, 4)} ({_spelled(table, rest)}, one-hot)"]
+    if len(flags) < 2:
         return []
     others = [name for name in flags if name != label and not (flags[name] & flags[label]).any()]
     per_row = np.sum([flags[name] for name in (label, *others)], axis=0)
@@ -116,7 +134,19 @@ def _judge_flag(table: datasets.Dataset, image: str, label: str, where: str) -> 
             "would be 0 and 1. Write one column label with the class of each row, and name that column"
         )
     rest = [name for name in flags if name != label]
-    return [f"{label} holds 0 and 1, as {listed(rest, 100, 4)} do{'es' * (len(rest) == 1)}: they are not used"]
+    return [f"not used: {listed(rest, 100, 4)} ({_spelled(table, rest)}, as in {shortened(label)})"] if named else []
+
+
+def _one_to_one_hot(table: datasets.Dataset, label: str, flags: dict[str, np.ndarray]) -> bool:
+    """Whether the columns are the one-hot encoding of the labels themselves."""
+    names = [name for name in flags if name != label]
+    code = np.argmax(np.stack([flags[name] for name in names], axis=1), axis=1)
+    column = table.data.column(label)
+    if pa.types.is_nested(column.type):
+        return False
+    pairs = pa.table({"label": column.cast(_value_type(column)), "code": pa.array(code)})
+    distinct = pairs.group_by(["label", "code"]).aggregate([])
+    return len(distinct) == pc.count_distinct(distinct["label"], mode="all").as_py() == len(names)
 
 
 def clean_labels(table: datasets.Dataset, name: str, where: str) -> tuple[datasets.Dataset, list[str]]:

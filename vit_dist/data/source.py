@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Collection
@@ -10,11 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from vit_dist.data.cache import cache_folder
 from vit_dist.data.columns import NoLabelColumn, common_table, image_column, split_roles, usual_role
-from vit_dist.data.folders import class_tables, folder_notes, layout_of, num_without_row
+from vit_dist.data.folders import class_tables, folder_notes, folders_without_row, is_used, layout_of, without_row
 from vit_dist.data.hub import datasets_cache, first_line, load_hub
 from vit_dist.data.image_paths import Origin
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
@@ -33,8 +35,6 @@ from vit_dist.errors import UserError
 from vit_dist.first_look import no_such_data
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from vit_dist.options import DataOptions
 
 _LONG_MESSAGE = 400  # characters; more follows in the message
@@ -119,6 +119,9 @@ def _kinds(extensions: frozenset[str]) -> str:
 def _folder(root: Path, options: DataOptions) -> Source:
     index = folder_index(root, cache_folder(options.cache_dir))
     found, side = split_side_tables([*index.tables, *split_lists(root)])
+    asked = options.image_column_name or options.label_column_name
+    if len(index.images) and not asked and all(map(is_side_table, found)):
+        found, side = [], [*found, *side]  # answers of a model are no labels of the images beside them
     if not len(index.images):
         if found:
             if extension(found[0]) == "tar" and options.label_column_name is None:
@@ -135,16 +138,20 @@ def _folder(root: Path, options: DataOptions) -> Source:
     tables = [file for file in found if has_images(root, file, *named)]
     if tables and not options.class_folders:
         unread = [*side, *(file for file in found if file not in tables)]
-        return _without(unread, _beside_images(root, index, tables, options))
+        return _without(unread, _beside_images(root, index, tables, side, options))
     try:
         layout = layout_of(root, index, options)
     except UserError as error:
+        if not found and side:
+            table = shortened(str(root / side[0]), 120)
+            hint = f"{listed(side, 60, 2)} is not read for labels, by its name: pass --data {table} if it holds them"
+            raise UserError(f"{error}. {hint}") from None
         if not found or options.class_folders:
             raise
         raise UserError(f"{error}. {_hint(root, found, options)}") from None
     if not options.class_folders:
-        _refuse_unread_tables(root, index, side)
-    return _image_folder(root, index, layout, tables, options)
+        _refuse_unread_tables(root, index, layout, side if found else [])
+    return _without(side, _image_folder(root, index, layout, tables, options))
 
 
 def _hint(root: Path, tables: list[str], options: DataOptions) -> str:
@@ -162,9 +169,11 @@ def _without(unread: list[str], source: Source) -> Source:
     return replace(source, description=f"{source.description}; not used: {listed(unread)}") if unread else source
 
 
-def _refuse_unread_tables(root: Path, index: FolderIndex, known: list[str]) -> None:
-    """Raise `UserError` for a file that names images of the folder and is not read: it may label them."""
-    for file in lists_that_name_images(root, index, known):
+def _refuse_unread_tables(root: Path, index: FolderIndex, layout: Layout, known: list[str]) -> None:
+    """Raise `UserError` for a file that names images of class folders and is not read: it may label them."""
+    used = is_used(index, layout)
+    read = replace(index, images=index.images.filter(pa.array(used)), folder_of=index.folder_of[used])
+    for file in lists_that_name_images(root, read, known):
         if extension(file) in ("csv", "tsv"):
             try:
                 rows = read_rows([file], root, None)
@@ -194,7 +203,10 @@ def _refuse_unread_splits(root: Path, layout: Layout, tables: list[str], options
     for file in tables:
         columns = read_rows([file], root, datasets_cache(options.cache_dir)).table
         image = image_column(columns.features, None, file)
-        if split_word(PurePosixPath(file).stem) or find_split_column(columns, (image,), None, None, file):
+        word = split_word(PurePosixPath(file).stem)
+        if word and word.role == "test" and layout.unused:  # the list of the images without labels
+            continue
+        if word or find_split_column(columns, (image,), None, None, file):
             raise UserError(
                 f"{shortened(str(root / file), 150)} assigns images to splits and has no column of labels, so it is "
                 "not read beside class folders: add the column, move the images to train/CLASS and test/CLASS, or pass "
@@ -210,7 +222,7 @@ def _refuse_hidden(root: Path, index: FolderIndex) -> None:
         )
 
 
-def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: DataOptions) -> Source:
+def _beside_images(root: Path, index: FolderIndex, tables: list[str], side: list[str], options: DataOptions) -> Source:
     """Tables that name images beside the images: one of the two says what the classes are."""
     asked = options.image_column_name or options.label_column_name
     layout, source, no_classes = None, None, None
@@ -218,38 +230,64 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], options: D
         layout = layout_of(root, index, options)
     except UserError as error:
         no_classes = error
-    if layout is not None and not asked and all(map(is_side_table, tables)):
-        _refuse_unread_tables(root, index, [])
-        return _image_folder(root, index, layout, tables, options)
     try:
         source = _files(root, group_by_split(tables, _named_splits(options)), str(root), options)
     except NoLabelColumn:  # it describes the images of the class folders
         if asked:
             raise
         if layout is None:
-            raise UserError(f"{no_classes}. {listed(tables, 60, 2)} has no column that looks like labels") from None
+            named = f"({listed(column_names(root, tables[0]), 80)}): name one with --label_column_name"
+            raise UserError(
+                f"{no_classes}. {listed(tables, 60, 2)} has no column that looks like labels {named}"
+            ) from None
     except UserError as error:
-        if layout is None:
+        if (flags := _flags_for_folders(root, index, options)) is None:
             raise
-        message = _short_paths(error, root)
-        raise UserError(f"{message}; or pass --class_folders top if the folders are the classes") from None
+        whole = UserError(f"{error.args[0]}; or pass {flags} if the folders are the classes")
+        raise UserError(_short_paths(whole, root)) from None
     if source is None and layout is not None:
         _refuse_unread_splits(root, layout, tables, options)
-        _refuse_unread_tables(root, index, tables)
+        _refuse_unread_tables(root, index, layout, [*tables, *side])
         return _image_folder(root, index, layout, tables, options)
     assert source is not None
-    missing, embedded = num_without_row(root, index, source.tables.values())
-    total = len(index.images)
+    rowless, embedded = without_row(root, index, source.tables.values())
+    if layout is not None:
+        rowless &= is_used(index, layout)
+    missing, total = int(rowless.sum()), len(index.images)
     if layout is not None and len(layout.classes) > 1 and missing and not asked and embedded < 10 * total:
         raise UserError(
             f"{shortened(str(root), 120)}: {listed(tables, 80)} labels {total - missing:,} of {total:,} images, and "
             f"all lie in class folders ({listed(layout.classes, 80)}): pass --class_folders top for the folders, or "
-            f"--data {shortened(str(root / tables[0]), 150)} for the table"
+            f"--data {shortened(str(root / _main_table(tables)), 150)} for the table"
+        )
+    if layout is None and not asked and (folders := folders_without_row(index, rowless)):
+        table = shortened(str(root / _main_table(tables)), 120)
+        labelled = f"{listed(tables, 80)} labels {total - missing:,} of {total:,} images"
+        flags = _flags_for_folders(root, index, options)
+        read = f", or {flags} for the folders" if flags else ""
+        raise UserError(
+            f"{shortened(str(root), 120)}: {labelled}, and none in {listed(folders, 100)}: pass --data {table} for the "
+            f"table alone{read}"
         )
     if missing:
         described = f"{source.description}; {missing:,} of {total:,} images in the folder are in no row"
         return replace(source, description=described)
     return source
+
+
+def _flags_for_folders(root: Path, index: FolderIndex, options: DataOptions) -> str | None:
+    """Flags with which the class folders can be read without the tables; None if no flags help."""
+    for test, flags in ((options.test_split, ""), ("none", " --test_split none")):
+        with contextlib.suppress(UserError):
+            if len(layout_of(root, index, replace(options, class_folders="top", test_split=test)).classes) > 1:
+                return f"--class_folders top{flags}"
+    return None
+
+
+def _main_table(tables: list[str]) -> str:
+    """The table to train on, by its name."""
+    roles = {file: word.role for file in tables if (word := split_word(PurePosixPath(file).stem))}
+    return next((file for file in tables if roles.get(file) == "train"), tables[0])
 
 
 def _image_folder(root: Path, index: FolderIndex, layout: Layout, tables: list[str], options: DataOptions) -> Source:
@@ -299,7 +337,7 @@ def _files(root: Path, splits: dict[str, list[str]], where: str, options: DataOp
         rows = read_rows(splits[split], root, datasets_cache(options.cache_dir), named)
         first = str(root / rows.files[0])
         origin = _origin(first, rows.folders(root), rows.num_rows, options)
-        if len(roles) > 1:
+        if len(roles) > 1 or split_word(PurePosixPath(first).stem):
             origin = replace(origin, role=role)
         parts[role] = SplitRows(rows.table, rows.ids(), origin, extension(first) == "tar", rows.notes)
     kinds = sorted({extension(file) for split in roles.values() for file in splits[split]})

@@ -320,6 +320,14 @@ def open_attempt(config: Config, attempt: Attempt, classes: list[str], facts: di
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
 
 
+def check_data(folder: Path, data: dict[str, Any]) -> None:
+    """Raises UserError if the images of `data` (a data record) are not those of the run in `folder`."""
+    before = known_record(folder).get("data", {})
+    changed = {key for key in ("fingerprint", "classes", "splits") if key in before and before[key] != data[key]}
+    if changed:
+        raise UserError(_fact_message(folder, "data", before, {key: data[key] for key in sorted(changed)}))
+
+
 def _clear(folder: Path, attempt: Attempt) -> None:
     """Remove what an earlier attempt had begun; checkpoints that this one goes back behind are set aside."""
     store.clear(folder)

@@ -30,7 +30,7 @@ from vit_dist.batch import split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import nearest_folder
-from vit_dist.run import attempts, folder_choice
+from vit_dist.run import attempts, folder_choice, run_folder
 from vit_dist.verbs import checks
 from vit_dist.verbs.checks import MIB, Job, Process, Result
 
@@ -215,6 +215,8 @@ def check_run_folder(job: Job) -> Result:
         return Result("FAIL", f"{where}; choose an --output_dir that all hosts share")
     shared = ", shared by all ranks" if first and len(job.processes) > 1 else ""
     note = f"; {job.config.output_dir_note}" if job.config.output_dir_note else ""
+    if not run_folder.is_new(folder):
+        note += f"; it holds {run_folder.describe(job.config.output_dir)}"
     return Result("ok", f"{job.config.output_dir} can be written{shared}{note}")
 
 
