@@ -6,7 +6,7 @@ vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what
 vit-dist bench [RECIPE] [--flag value ...]     how fast this machine trains, and what holds it up
 vit-dist cache [RECIPE] [--list]               photos decoded and shrunk once, ahead of training
 vit-dist sweep SWEEP.yaml [--run N]            the members of a sweep and what became of them; trains one
-vit-dist slurm [options of the job] VERB ...   the same as a job of a cluster: VERB is train, doctor or sweep
+vit-dist slurm [options of the job --] VERB .. checks train, doctor or sweep, then submits it as a batch job
 vit-dist fetch [RECIPE] [--bundle FOLDER]      what a run takes from the hub, into a folder for machines without network
 vit-dist sync RUN [RUN ...]                    what runs without network kept for Weights & Biases, pushed
 """
