@@ -254,10 +254,14 @@ def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) 
 
 
 def cores(environ: Mapping[str, str] = os.environ) -> int:
-    """CPU cores for this process: its share of those that this host lets the job use."""
+    """CPU cores for this process: an equal share of `job_cores`."""
+    return max(1, job_cores(environ) // integer("LOCAL_WORLD_SIZE", 1, environ, least=1))
+
+
+def job_cores(environ: Mapping[str, str] = os.environ) -> int:
+    """CPU cores of this host that the job may use, all its processes together."""
     usable = len(os.sched_getaffinity(0))
-    share = min(usable, integer("VIT_DIST_CPUS", usable, environ)) // integer("LOCAL_WORLD_SIZE", 1, environ, least=1)
-    return max(1, share)
+    return max(1, min(usable, integer("VIT_DIST_CPUS", usable, environ)))
 
 
 @contextlib.contextmanager

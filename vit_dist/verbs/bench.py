@@ -8,7 +8,6 @@ One process on one device; all flags of training are taken. Nothing is kept of w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from transformers import TrainerCallback
@@ -230,9 +228,12 @@ def _seconds_a_step(built: Built, clock: Clock, loader: Any = None) -> float:
     """Of the Trainer's own loop, with another loader in the place of its own if that is given."""
     trainer = built.trainer
     trainer.optimizer = trainer.lr_scheduler = None
-    other = mock.patch.object(trainer, "get_train_dataloader", lambda: loader)
-    with other if loader is not None else contextlib.nullcontext():
+    if loader is not None:
+        trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign]
+    try:
         trainer.train()
+    finally:
+        trainer.__dict__.pop("get_train_dataloader", None)
     return clock.step
 
 
