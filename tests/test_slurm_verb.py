@@ -129,7 +129,7 @@ def test_slurm_verb_with_unknown_words_is_refused(words: list[str], message: str
 def test_slurm_verb_refuses_what_the_job_would(login: Login) -> None:
     assert "did you mean --learning_rate?" in login.error("train", "--learnin_rate", "1")
     assert "did you mean cifar10?" in login.error("train", "cifr10")
-    assert "unknown --strategy fsdp; did you mean" in login.error("train", "--strategy", "fsdp")
+    assert "unknown strategy fsdp; did you mean" in login.error("train", "--strategy", "fsdp")
     assert "--strategy ./mine.yaml: there is no such file" in login.error("train", "--strategy", "./mine.yaml")
     (login.folder / "mine.yaml").write_text("learning_rate: 1\n")
     assert "no configuration of Accelerate" in login.error("train", "--strategy", "./mine.yaml")

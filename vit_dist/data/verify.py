@@ -16,11 +16,11 @@ import datasets
 import numpy as np
 import PIL
 
-from vit_dist import distributed
 from vit_dist.data.cache import cache_folder, locked, read_sealed, write_sealed
 from vit_dist.data.decode import HIGHEST_LEVEL, RULES_VERSION, BadImage, DecodeRules, decode_reduced, encoded_bytes
 from vit_dist.data.listing import shortened
 from vit_dist.data.split import table_fingerprint
+from vit_dist.environment import job_cores
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def verify(
         with locked(path):
             outcome = _remembered(path, len(table))
             if outcome is None:
-                outcome = _decode_all(table, rules, workers or distributed.job_cores(), progress)
+                outcome = _decode_all(table, rules, workers or job_cores(), progress)
                 _remember(path, outcome)
     return outcome
 

@@ -26,7 +26,7 @@ from vit_dist import console, distributed, entry
 from vit_dist.config import Config, load_config
 from vit_dist.cost.peak import matmul_flops, settle
 from vit_dist.errors import UserError
-from vit_dist.verbs.parser import Parser
+from vit_dist.parser import Parser
 
 if TYPE_CHECKING:
     from vit_dist.build import Built

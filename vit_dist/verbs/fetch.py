@@ -25,8 +25,8 @@ from vit_dist import bundle, console, entry
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import remove, replacing, seal, sha256, sync_folder, sync_tree
+from vit_dist.parser import Parser
 from vit_dist.run.run_folder import versions
-from vit_dist.verbs.parser import Parser
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

@@ -21,11 +21,11 @@ from vit_dist import bundle, console, distributed
 from vit_dist.batch import scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
+from vit_dist.parser import Parser
 from vit_dist.run import run_folder
 from vit_dist.terminal import show
 from vit_dist.verbs import earlier
 from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, read_machines
-from vit_dist.verbs.parser import Parser
 from vit_dist.verbs.plan_text import render
 
 

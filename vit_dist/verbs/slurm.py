@@ -27,8 +27,9 @@ from pathlib import Path
 from vit_dist import console
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
+from vit_dist.launch import strategies
+from vit_dist.parser import Parser
 from vit_dist.verbs import preflight, sweep
-from vit_dist.verbs.parser import Parser
 
 USAGE = "usage: vit-dist slurm [sbatch options --] train|doctor|sweep ... [--strategy NAME] [--throttle K] [--print]"
 VERBS = ("train", "doctor", "sweep")
@@ -59,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         request = parse(words)
-        root = script_root()
-        script = root / "slurm" / ("sweep.sh" if request.verb == "sweep" else "train.sh")
+        script = strategies.root() / "slurm" / ("sweep.sh" if request.verb == "sweep" else "train.sh")
         with _folder_of_job(request.sbatch):
-            array, notes = check(request, root)
+            array, notes = check(request)
         command = sbatch_command(request, array, script)
         environment = _python(request.sbatch)
         if not environment and "PYTHON" not in os.environ and (export := value(request.sbatch, "--export")):
@@ -122,13 +122,7 @@ def value(options: Sequence[str], long: str, short: str | None = None) -> str | 
     return found
 
 
-def script_root() -> Path:
-    """The folder with slurm/, launch/ and configs/accelerate/ in it: of the installed package, or of a checkout."""
-    installed = Path(__file__).parents[1] / "cluster"
-    return installed if installed.is_dir() else Path(__file__).parents[2]
-
-
-def check(request: Request, root: Path) -> tuple[str | None, list[str]]:
+def check(request: Request) -> tuple[str | None, list[str]]:
     """The job array of a sweep, and remarks. Raises UserError for what a job would stop at."""
     array, notes = None, []
     if request.verb == "sweep":
@@ -143,27 +137,12 @@ def check(request: Request, root: Path) -> tuple[str | None, list[str]]:
         )
     else:
         configs = [load_config(request.arguments)]
-    if request.strategy is not None:
-        check_strategy(request.strategy, root / "configs" / "accelerate")
-        if request.strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-            notes.append(f"deepspeed is not installed here, and {request.strategy} needs it on the nodes")
+    needed = strategies.find(request.strategy).packages if request.strategy is not None else []
+    if "deepspeed" in needed and importlib.util.find_spec("deepspeed") is None:
+        notes.append(f"deepspeed is not installed here, and {request.strategy} needs it on the nodes")
     for config in configs:
         preflight.check(config)
     return array, notes
-
-
-def check_strategy(strategy: str, folder: Path) -> None:
-    """Raises UserError for a strategy that launch/accelerate.sh would refuse by its name."""
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if "/" in strategy or strategy.endswith((".yaml", ".yml")):
-        if not Path(strategy).is_file():
-            raise UserError(f"--strategy {strategy}: there is no such file; there are {', '.join(known)}")
-        if "distributed_type" not in Path(strategy).read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"--strategy {strategy} is no configuration of Accelerate (no distributed_type)")
-    elif strategy not in known:
-        near = difflib.get_close_matches(strategy, known, n=1)
-        hint = f"did you mean {near[0]}? there" if near else "there"
-        raise UserError(f"unknown --strategy {strategy}; {hint} are {', '.join(known)}")
 
 
 def _array(request: Request, asked: sweep.Sweep) -> str | None:
