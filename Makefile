@@ -1,6 +1,6 @@
 # make train   the main job on the embedded default (scikit-learn's digits)
 # make test    the tests, in two processes side by side (ARGS="tests/test_plan.py -k bench": those; --seed=N: its draws)
-# make test-all   also what is slow or needs a real Slurm or sshd (root, and the packages that .ci/run installs)
+# make test-all   also what is slow or needs a real Slurm (root, and the packages that .ci/run installs)
 # make check   style and types, as CI runs them
 # On a fresh machine each of them first creates .venv from the pinned versions in constraints.txt.
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import results, run
 
-from vit_dist import cli
+from vit_dist import cli, train
+from vit_dist.launch import start
+from vit_dist.launch.gpus import Gpus
 
 
 @pytest.mark.launch
@@ -22,11 +24,31 @@ def test_train_without_arguments_learns_the_digits(tmp_path: Path) -> None:
 
 
 def test_train_on_several_gpus_starts_a_process_each() -> None:
-    command = cli.launch_command(["cifar10", "--run_name", "two words"], gpus=8)
-    assert command is not None and command[0] == sys.executable
-    assert command[command.index("--nproc-per-node") + 1] == "8"
-    assert command[command.index("vit_dist.train") :] == ["vit_dist.train", "cifar10", "--run_name", "two words"]
-    assert cli.launch_command([], gpus=1) is None and cli.launch_command([], gpus=0) is None
+    words = ["cifar10", "--run_name", "two words"]
+    launch = start.of_this_machine("vit_dist.train", words, Gpus(8))
+    assert launch is not None and launch.command[0] == sys.executable
+    assert launch.command[launch.command.index("--nproc-per-node") + 1] == "8"
+    assert launch.command[launch.command.index("vit_dist.train") :] == ["vit_dist.train", *words]
+    assert start.of_this_machine("vit_dist.train", [], Gpus(1)) is None
+    assert start.of_this_machine("vit_dist.train", [], Gpus(0, "none")) is None
+
+
+@pytest.mark.parametrize("verb", ["train", "doctor"])
+def test_strategy_and_processes_are_flags_of_the_verbs_that_train(
+    capsys: pytest.CaptureFixture[str], verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")  # what an outer launcher has left does not matter
+    assert cli.main([verb, "--strategy", "fsdp2", "digits", "--nproc", "2", "--dry_run"]) == 0
+    words = capsys.readouterr().out.split()
+    module = "vit_dist.train" if verb == "train" else "vit_dist.verbs.doctor"
+    assert words[-3:] == ["-m", module, "digits"] and words[words.index("--num_processes") + 1] == "2"
+    assert cli.main([verb, "--strategy", "fdsp2", "digits"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown strategy fdsp2; did you mean fsdp2?")
+
+
+def test_strategy_given_to_a_started_process_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["digits", "--strategy", "fsdp2"]) == 2
+    assert "--strategy starts processes; give it to `vit-dist train`" in capsys.readouterr().err
 
 
 def test_unknown_verb_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,14 +99,12 @@ def test_processes_per_node_of_a_pytorchjob_and_what_it_cannot_be(tmp_path: Path
 
 def test_variables_of_the_operator_are_not_passed_to_torchrun(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nif [ "$1" = - ]; then exec {sys.executable} "$@"; fi\nenv | grep ^PET_\n')
+    python.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\nenv\n')
     python.chmod(0o755)
     env = {**operator(0, 2), "PYTHON": str(python), "DRY_RUN": "0"}
     done = node([str(ROOT / "launch" / "kubernetes" / "node.sh"), "ddp"], tmp_path, 8, env)
-    assert sorted(line.split("=")[0] for line in done.stdout.splitlines()) == [
-        "PET_SHUTDOWN_TIMEOUT",
-        "PET_SIGNALS_TO_HANDLE",
-    ]
+    names = [line.split("=")[0] for line in done.stdout.splitlines()]
+    assert "NNODES" in names and not [name for name in names if name.startswith("PET_")]
 
 
 @pytest.mark.cluster  # a pid namespace of its own needs root

@@ -22,9 +22,11 @@ from image_fixtures import image_folder, png
 from lab import fork
 from torch.multiprocessing import ProcessExitedException
 
-from vit_dist import cli, distributed
+from vit_dist import distributed
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
+from vit_dist.launch import start
+from vit_dist.launch.gpus import Gpus
 from vit_dist.verbs import checks, doctor
 from vit_dist.verbs.checks import Job, Process, Result
 from vit_dist.verbs.doctor import merged
@@ -166,8 +168,8 @@ def test_doctor_help_is_short_and_refers_to_train(capsys: pytest.CaptureFixture[
 
 
 def test_doctor_on_several_gpus_starts_a_process_each() -> None:
-    command = cli.launch_command(["cifar10"], 4, "vit_dist.verbs.doctor")
-    assert command is not None and command[-2:] == ["vit_dist.verbs.doctor", "cifar10"] and "4" in command
+    launch = start.of_this_machine("vit_dist.verbs.doctor", ["cifar10"], Gpus(4))
+    assert launch is not None and launch.command[-2:] == ["vit_dist.verbs.doctor", "cifar10"] and "4" in launch.command
 
 
 def ill(rank: int, world_size: int, root: str) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from vit_dist import first_look
 from vit_dist.config import _parser, load_config
 from vit_dist.errors import UserError
+from vit_dist.launch.topology import FLAGS
 from vit_dist.options import ALIASES, STAGES, WITHOUT_EFFECT
 
 VALUES = {  # others than the default; "true" where none is named
@@ -38,7 +39,7 @@ def test_help_is_short_and_names_only_options_that_exist(capsys: pytest.CaptureF
     text = shown("--help", capsys=capsys)
     lines = text.splitlines()
     assert text == first_look.HELP and len(lines) <= 60 and max(map(len, lines)) <= 120
-    known = {action.dest for action in _parser()._actions} | set(ALIASES)
+    known = {action.dest for action in _parser()._actions} | set(ALIASES) | set(FLAGS) | {"strategy", "dry_run"}
     flags = set(re.findall(r"--([a-z0-9_]+)", text)) - {"flag"}
     assert len(flags & known) >= 20 and flags - known <= {"gpus", "gpu"}, "those of plan"
     assert "--help all" in text and "vit-dist train --data ~/photos" in text

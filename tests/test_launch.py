@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from vit_dist.launch.topology import FLAGS
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -118,14 +120,12 @@ def test_verb_recipe_and_words_with_spaces_reach_the_module(scripts: Scripts, li
     assert scripts.command(line, "doctor", *words, gpus=2)[-7:] == ["-m", "vit_dist.verbs.doctor", *words]
 
 
-def test_dry_run_prints_a_command_that_can_be_pasted(scripts: Scripts, tmp_path: Path) -> None:
-    python = program(
-        tmp_path / "my python", "python", f'if [ "$1" = - ]; then exec {sys.executable} "$@"; fi; echo "$@"'
-    )
-    done = scripts.run("torchrun", "a b", NPROC_PER_NODE="1", PYTHON=str(python / "python"))
+def test_dry_run_prints_a_command_that_can_be_pasted(scripts: Scripts) -> None:
+    done = scripts.run("torchrun", "a b", "it's", NPROC_PER_NODE="1")
     assert done.stdout.count("\n") == 1
-    pasted = subprocess.run(["bash", "-c", done.stdout], capture_output=True, text=True, timeout=60)
-    assert pasted.stdout == "-m vit_dist.train a b\n"
+    script = f'env() {{ printf "%s\\n" "$@"; }}; {done.stdout}'
+    pasted = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert pasted.stdout.splitlines()[-5:] == [sys.executable, "-m", "vit_dist.train", "a b", "it's"]
 
 
 def test_torchrun_on_one_node(scripts: Scripts) -> None:
@@ -151,12 +151,14 @@ def test_processes_of_two_nodes_are_counted_per_node_or_in_all(scripts: Scripts)
 
 
 @pytest.mark.parametrize("line", ["torchrun", "accelerate ddp", "accelerate zero1", "accelerate single"])
-def test_processes_get_their_share_of_the_cores(scripts: Scripts, line: str, tmp_path: Path) -> None:
-    path = f"{program(tmp_path / 'cores', 'nproc', 'echo 9')}:{scripts.env(2)['PATH']}"
-    threads = "OMP_NUM_THREADS=9" if line == "accelerate single" else "OMP_NUM_THREADS=4"
-    assert threads in scripts.command(line, PATH=path)
-    assert "OMP_NUM_THREADS=3" in scripts.command(line, PATH=path, OMP_NUM_THREADS="3")
+def test_processes_get_their_share_of_the_cores(scripts: Scripts, line: str) -> None:
+    cores = len(os.sched_getaffinity(0))
+    processes = {} if line == "accelerate single" else {"NPROC_PER_NODE": "2"}
+    share = cores if line == "accelerate single" else max(1, cores // 2)
+    assert f"OMP_NUM_THREADS={share}" in scripts.command(line, **processes)
+    assert "OMP_NUM_THREADS=1" in scripts.command(line, VIT_DIST_CPUS="1", **processes)
     assert "OMP_NUM_THREADS=1" in scripts.command("torchrun", NPROC_PER_NODE="16")
+    assert not [word for word in scripts.command(line, OMP_NUM_THREADS="3", **processes) if "OMP_NUM" in word]
 
 
 OTHER = {("single", 1), ("single", 2), ("ddp_multinode", 1)}  # started without accelerate, or refused; see below
@@ -202,34 +204,44 @@ def test_single_process_is_started_without_launcher(scripts: Scripts, line: str,
 def test_launch_with_a_configuration_file_of_the_user_passes_it_on(scripts: Scripts, tmp_path: Path) -> None:
     (tmp_path / "my own.yaml").write_text("distributed_type: MULTI_GPU\n")
     assert value(scripts.command("accelerate", "my own.yaml", gpus=2), "--config_file") == "my own.yaml"
-    assert "no file gone.yaml" in scripts.error("accelerate", "gone.yaml", gpus=2)
+    assert "--strategy gone.yaml: there is no such file" in scripts.error("accelerate", "gone.yaml", gpus=2)
     recipe = str(ROOT / "configs" / "recipes" / "cifar10.yaml")
     assert "the strategy comes first" in scripts.error("accelerate", recipe, gpus=2)
 
 
 def test_strategies_are_the_files_and_a_near_one_is_named(scripts: Scripts) -> None:
     message = scripts.error("accelerate zero2_offload")
-    assert message == (
-        f"error: unknown strategy zero2_offload; did you mean zero3_offload? there are {' '.join(STRATEGIES)}\n"
-    )
+    names = ", ".join(STRATEGIES)
+    assert message == f"error: unknown strategy zero2_offload; did you mean zero3_offload? strategies are {names}\n"
     assert "did you mean" not in scripts.error("accelerate --data")
 
 
 def test_help_teaches_and_a_missing_strategy_is_an_error(scripts: Scripts) -> None:
     shown, missing = scripts.run("accelerate --help"), scripts.run("accelerate")
     assert (shown.returncode, missing.returncode) == (0, 2) and shown.stdout == missing.stderr
-    assert all(f"\n  {strategy} " in shown.stdout for strategy in STRATEGIES) and "NODE_RANK=0" in shown.stdout
-    assert "NODE_RANK=0" in scripts.run("torchrun --help").stdout
+    assert all(f"\n  {strategy} " in shown.stdout for strategy in STRATEGIES) and "--node_rank 0" in shown.stdout
+    assert all(f"\n  --{flag} " in shown.stdout and variable in shown.stdout for flag, (variable, _) in FLAGS.items())
+    assert scripts.run("torchrun --help").stdout == shown.stdout
 
 
-def test_help_of_the_training_needs_no_gpu(scripts: Scripts, tmp_path: Path) -> None:
-    python = str(program(tmp_path / "bin", "python", 'echo "$@"') / "python")
+def test_help_of_the_training_needs_no_gpu(scripts: Scripts) -> None:
     for line in ("torchrun train --help", "accelerate zero3 --help"):
-        assert scripts.run(line, PYTHON=python).stdout == "-m vit_dist.train --help\n"
+        assert scripts.run(line).stdout.startswith("usage: vit-dist train")
+
+
+def test_flags_of_the_command_line_win_over_variables(scripts: Scripts) -> None:
+    flags = ["--nproc", "4", "--nodes=2", "--node_rank", "1", "--master_addr", "10.0.0.1", "--master_port", "29871"]
+    for words in (["--seed", "1", *flags], [*flags, "--seed", "1"]):
+        found = scripts.command("torchrun", *words, NPROC_PER_NODE="9", NNODES="1", MASTER_PORT="1")
+        names = ("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port")
+        assert [value(found, flag) for flag in names] == ["2", "1", "4", "10.0.0.1", "29871"]
+        assert found[-4:] == ["-m", "vit_dist.train", "--seed", "1"]
+    assert scripts.error("torchrun", "--nproc", "x").startswith("error: --nproc is 'x' on ")
+    assert scripts.error("torchrun", "--nodes", "2", "--node_rank", "0").startswith("error: --nodes is 2, but MASTER")
 
 
 def test_without_a_gpu_one_line_says_what_to_set(scripts: Scripts, tmp_path: Path) -> None:
-    cure = "set NPROC_PER_NODE=N to start N processes on CPUs\n"
+    cure = "set NPROC_PER_NODE=N or --nproc N to start N processes on CPUs\n"
     for line in ("torchrun", "accelerate ddp", "accelerate zero3"):
         assert scripts.error(line).endswith(f"(nvidia-smi says: No devices were found); {cure}")
         assert scripts.error(line, CUDA_VISIBLE_DEVICES="0").endswith(
@@ -293,6 +305,7 @@ def test_strategy_that_does_not_fit_is_one_line(scripts: Scripts, line: str, env
     ("package", "line", "cure"),
     [
         ("deepspeed", "accelerate zero1", "pip install deepspeed"),
+        ("torch", "torchrun", "activate its environment, or set PYTHON"),
         ("vit_dist", "torchrun", "activate its environment, or set PYTHON"),
     ],
 )

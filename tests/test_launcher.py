@@ -19,8 +19,8 @@ from conftest import CONFIGS, rows
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.utils import store as store_util
 
-from vit_dist import launcher
-from vit_dist.cli import FOR_LAUNCHERS
+from vit_dist.launch import agent
+from vit_dist.launch.topology import FOR_LAUNCHERS
 from vit_dist.threads import spin_briefly
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -30,7 +30,7 @@ ACCELERATE = ["accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml
 
 @pytest.mark.parametrize("start", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_users_error_is_the_last_line_and_the_exit_code_is_2(start: list[Any], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vit_dist.launcher", *start, "-m", "vit_dist.train", "--data", "/nope/photos"]
+    command = [sys.executable, "-m", "vit_dist.launch.agent", *start, "-m", "vit_dist.train", "--data", "/nope/photos"]
     command += ["--model", "tiny"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -45,7 +45,7 @@ def test_agent_still_leaves_by_the_barrier_that_is_extended() -> None:
 
 def test_node_0_leaves_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_util, "barrier", lambda *args, **kwargs: None)
-    launcher._leave_in_order()
+    agent._leave_in_order()
     store, left = dist.HashStore(), threading.Event()
     monkeypatch.setenv("VIT_DIST_NODE_RANK", "0")
 
@@ -102,7 +102,7 @@ def test_signal_reaches_the_processes_through_the_launcher(
 ) -> None:
     args = ["--data", photos, "--model", checkpoint, "--output_dir", tmp_path / "run", "--max_steps", 100_000,
             "--logging_steps", 1, "--report_to", "none", "--eval_strategy", "no"]  # fmt: skip
-    command = list(map(str, [sys.executable, "-m", "vit_dist.launcher", *TORCHRUN, "-m", "vit_dist.train", *args]))
+    command = list(map(str, [sys.executable, "-m", "vit_dist.launch.agent", *TORCHRUN, "-m", "vit_dist.train", *args]))
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env={**os.environ, **FOR_LAUNCHERS}, stdout=log, stderr=log)
     try:

@@ -15,8 +15,6 @@ from conftest import rows
 from lab import fork
 
 from vit_dist import clock
-from vit_dist.callbacks import communication
-from vit_dist.callbacks.communication import alone
 from vit_dist.callbacks.speed import Speed, Step, data_advice
 from vit_dist.checkpoint import store
 
@@ -92,96 +90,6 @@ def test_advice_after_one_slow_row_is_not_printed(now: list[float], caplog: pyte
                 now[0] += waited
             logged(one)
     assert not caplog.records
-
-
-def event(name: str, begin: float, end: float, tid: int = 1, cat: str = "cpu_op") -> dict[str, Any]:
-    return {"ph": "X", "name": name, "cat": cat, "ts": begin, "dur": end - begin, "tid": tid}
-
-
-def test_communication_is_what_is_not_covered_by_computing() -> None:
-    computing = [event("aten::mm", 0, 40), event("aten::copy_", 10, 20), event("aten::add", 80, 100)]
-    assert alone([event("c10d::allreduce_", 40, 80), *computing], False) is None, "asked for, not done"
-    sent = [event("gloo:all_reduce", 30, 70, tid=2), event("aten::copy_", 35, 69, tid=2)]
-    assert alone(computing + sent, False) == pytest.approx(0.3), "what gloo's own thread copies is not computing"
-    late = event("gloo:all_gather", 60, 90, tid=3)
-    assert alone([*computing, *sent, late], False) == pytest.approx(0.4), "two at once count once"
-
-
-def test_trace_of_a_gpu_counts_kernels_only() -> None:
-    host = [event("aten::mm", 0, 500), event("gloo:all_reduce", 0, 400, tid=2), {"ph": "i", "name": "x", "ts": 3}]
-    kernels = [
-        event("sm90_xmma_gemm", 100, 150, 7, "kernel"), event("Memcpy HtoD", 190, 200, 9, "gpu_memcpy"),
-        event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 140, 195, 8, "kernel"),
-    ]  # fmt: skip
-    assert alone(host + kernels, True) == pytest.approx(0.4)
-    assert alone(host + kernels[:2], True) is None
-    with pytest.raises(ValueError, match="none of the GPU's kernels"):
-        alone(host, True)
-
-
-def test_operator_around_a_collective_counts_as_waiting() -> None:
-    norm = [event("aten::linalg_vector_norm", 40, 100), event("_c10d_functional::wait_tensor", 45, 100)]
-    assert alone([event("aten::mm", 0, 40), *norm, event("gloo:all_reduce", 45, 99, tid=2)], False) == 0.54
-
-
-class Trace:
-    """In the place of PyTorch's profiler; `fails`: when it is started, stopped, or written."""
-
-    made = 0
-
-    def __init__(self, fails: str = "") -> None:
-        self.fails = fails
-        Trace.made += 1
-
-    def start(self) -> None:
-        self._step("start")
-
-    def stop(self) -> None:
-        self._step("stop")
-
-    def export_chrome_trace(self, path: str) -> None:
-        self._step("write")
-        events = [event("aten::mm", 0, 3), event("gloo:all_reduce", 2, 4, tid=2)]
-        Path(path).write_text(json.dumps({"traceEvents": events}))
-
-    def _step(self, name: str) -> None:
-        if name == self.fails:
-            raise RuntimeError(f"cannot {name}")
-
-
-def traced(monkeypatch: pytest.MonkeyPatch, steps: int, fails: str = "", **facts: Any) -> communication.Traced:
-    """After steps of a second each."""
-    Trace.made = 0
-    clock = [100.0]
-    monkeypatch.setattr(communication.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(communication, "profiler", lambda **kwargs: Trace(fails))
-    one = communication.Traced(torch.device("cpu"), **facts)
-    for _ in range(steps):
-        one.on_step_begin(*[SimpleNamespace()] * 3)
-        clock[0] += 1
-        one.on_step_end(*[SimpleNamespace()] * 3)
-    return one
-
-
-def test_communication_trace_is_made_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = traced(monkeypatch, 2)
-    assert Trace.made == 0 and one.waited(10.0, 2) is None
-    assert traced(monkeypatch, 3).waited(10.0, 3) == pytest.approx(2.5)
-    for steps, made in ((203, 1), (204, 2), (404, 2), (405, 3)):
-        traced(monkeypatch, steps)
-        assert Trace.made == made, steps
-    assert traced(monkeypatch, 8, first=8).share is None and traced(monkeypatch, 9, first=8).share == 0.25
-
-
-@pytest.mark.parametrize("fails", ["start", "stop", "write"])
-def test_communication_trace_that_fails_loses_only_its_figure(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
-) -> None:
-    logging.getLogger("vit_dist").propagate = True
-    assert traced(monkeypatch, 1000, fails).share is None and Trace.made == 1
-    assert [record.message for record in caplog.records] == [
-        f"how long communication is waited for is not measured: cannot {fails}"
-    ]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def find_batch(
     every = distributed.gather((search(batch.sizes, peak, room), socket.gethostname()))
     rank, (found, host) = min(enumerate(every), key=lambda one: one[1][0].size)
     if not found.size:
-        cure = "shard the model (launch/accelerate.sh zero2 or fsdp2)"
+        cure = "shard the model (--strategy zero2 or fsdp2)"
         if strategy not in IN_PLACE:
             cure = "the whole model is measured: give a number of images, `vit-dist plan` computes what fits"
         raise UserError(

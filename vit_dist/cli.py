@@ -6,7 +6,7 @@ vit-dist doctor [RECIPE] [--flag value ...]    the same processes, to check what
 vit-dist bench [RECIPE] [--flag value ...]     how fast this machine trains, and what holds it up
 vit-dist cache [RECIPE] [--list]               photos decoded and shrunk once, ahead of training
 vit-dist sweep SWEEP.yaml [--run N]            the members of a sweep and what became of them; trains one
-vit-dist slurm [options of the job] VERB ...   the same as a job of a cluster: VERB is train, doctor or sweep
+vit-dist slurm [options of the job --] VERB .. checks train, doctor or sweep, then submits it as a batch job
 vit-dist fetch [RECIPE] [--bundle FOLDER]      what a run takes from the hub, into a folder for machines without network
 vit-dist sync RUN [RUN ...]                    what runs without network kept for Weights & Biases, pushed
 """
@@ -19,7 +19,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vit_dist import __version__, environment, errors, first_look
+from vit_dist import __version__, errors, first_look
+from vit_dist.launch import start
+from vit_dist.launch.gpus import visible_gpus
 from vit_dist.terminal import one_line, open_standard_streams
 from vit_dist.threads import spin_briefly
 
@@ -35,14 +37,7 @@ VERBS = {
     "sync": "push what runs without a network kept for Weights & Biases",
 }
 
-ALONE = ("plan", "bench", "cache", "slurm", "fetch", "sync")  # in this process, whatever GPUs there are
-
-# torchrun's options, which it reads from the environment: signals to pass on, and how long it waits for the processes
-# to commit a checkpoint before it kills them (seconds). launch/topology.sh has the same.
-FOR_LAUNCHERS = {
-    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-    "PET_SHUTDOWN_TIMEOUT": "110",
-}
+LAUNCHED = ("train", "doctor")  # in a process for each visible GPU; the others run in this process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,40 +71,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> int:
-    """Start one process per visible GPU, or go on in this one if there is at most one or a launcher is at work."""
+    """Start the processes of a run, or go on in this one."""
     if verb == "sweep" and "--version" not in argv:
         from vit_dist.verbs.sweep import main as sweep
 
         return sweep(argv, lambda arguments: _run("train", arguments))
     name = "vit_dist.train" if verb == "train" else f"vit_dist.verbs.{verb}"
+    asked = None
+    if verb in LAUNCHED and start.has_flags(argv):
+        asked, argv = start.split_flags(argv)
     if "--version" in argv or verb == "train":
         code = first_look.tell(argv, __version__)
         if code is not None:
             return code
-    module = importlib.import_module(name)  # a second or more, of which the others need nothing
-    if verb in ALONE:
-        return module.main(argv)
-    gpus = 0 if "WORLD_SIZE" in os.environ or _only_help(argv) else _visible_gpus()
-    command = launch_command(argv, gpus, name)
-    if command is not None:
-        environment.integer("PET_SHUTDOWN_TIMEOUT", 110)  # torchrun would end with its usage
-        os.environ.update({**FOR_LAUNCHERS, **os.environ})
-        os.execv(command[0], command)
-    return module.main(argv)
-
-
-def launch_command(argv: list[str], gpus: int, module: str = "vit_dist.train") -> list[str] | None:
-    """The torchrun command for several GPUs of this machine; None for fewer than two."""
-    if gpus < 2:
-        return None
-    launcher = [sys.executable, "-m", "vit_dist.launcher", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(gpus), "-m", module, *argv]
-
-
-def _visible_gpus() -> int:
-    import torch  # counts through NVML and starts no CUDA context
-
-    return torch.cuda.device_count()
+    if verb in LAUNCHED and not _only_help(argv):
+        launch = None
+        if asked:
+            launch = start.prepare(name, argv, asked)
+        elif "WORLD_SIZE" not in os.environ:  # else a launcher has started this process
+            launch = start.of_this_machine(name, argv, visible_gpus())
+        if launch:
+            return start.execute(launch, bool(asked and asked.dry_run))
+    return importlib.import_module(name).main(argv)
 
 
 def _only_help(argv: list[str]) -> bool:

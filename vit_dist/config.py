@@ -24,6 +24,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from vit_dist import first_look, settings_file
 from vit_dist.errors import UserError
 from vit_dist.first_look import find_recipe, shipped_recipes
+from vit_dist.launch.topology import FLAGS as launch_flags
 from vit_dist.options import (
     ALIASES,
     AUTO,
@@ -127,6 +128,8 @@ def load_config(argv: Sequence[str]) -> Config:
     flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**{_GIVEN: set()}))
     if unknown:
         name = unknown[0].split("=")[0]  # a value may be a secret behind a misspelt name
+        if name.lstrip("-") in ("strategy", *launch_flags):
+            raise UserError(f"{name} starts processes; give it to `vit-dist train`, not to a process that it starts")
         raise UserError(_unknown_message(f"unknown argument {name}", name.lstrip("-"), parser, "--"))
     recipe = flags.recipe or (None if "data" in flags.given else DEFAULT_RECIPE)
     values: dict[str, Any] = {}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from vit_dist import stop
-from vit_dist.environment import integer, job
+from vit_dist.environment import integer, job, job_cores
 from vit_dist.errors import LostProcess, UserError
 from vit_dist.terminal import one_line
 
@@ -254,10 +254,8 @@ def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) 
 
 
 def cores(environ: Mapping[str, str] = os.environ) -> int:
-    """CPU cores for this process: its share of those that this host lets the job use."""
-    usable = len(os.sched_getaffinity(0))
-    share = min(usable, integer("VIT_DIST_CPUS", usable, environ)) // integer("LOCAL_WORLD_SIZE", 1, environ, least=1)
-    return max(1, share)
+    """CPU cores for this process: an equal share of `job_cores`."""
+    return max(1, job_cores(environ) // integer("LOCAL_WORLD_SIZE", 1, environ, least=1))
 
 
 @contextlib.contextmanager

@@ -27,6 +27,12 @@ def integer(name: str, default: int, environ: Mapping[str, str] = os.environ, le
     return int(text)
 
 
+def job_cores(environ: Mapping[str, str] = os.environ) -> int:
+    """CPU cores of this host that the job may use, all its processes together."""
+    usable = len(os.sched_getaffinity(0))
+    return max(1, min(usable, integer("VIT_DIST_CPUS", usable, environ)))
+
+
 def job(environ: Mapping[str, str] = os.environ) -> str | None:
     """The batch system's name of this job, which names a folder; None outside of a job.
 

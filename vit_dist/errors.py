@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import resource
 from collections.abc import Sequence
 
@@ -75,6 +76,12 @@ def of_the_machine(error: BaseException | None) -> str | None:
                     return line
         error = error.__cause__
     return None
+
+
+def first_line(error: BaseException, longest: int = 250) -> str:
+    """The first line of an error's message without colours, shortened; the error's type if it has no message."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0].strip()[:longest] if lines else type(error).__name__
 
 
 class LostProcess(_Shown):

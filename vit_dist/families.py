@@ -16,7 +16,7 @@ import transformers
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedConfig, ViTConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from vit_dist.errors import UserError
+from vit_dist.errors import UserError, first_line
 from vit_dist.options import ModelOptions
 
 # Their classifiers are in `classifiers`, which registers them on import.
@@ -84,7 +84,7 @@ def location(options: ModelOptions, cache_dir: str | None) -> dict[str, Any]:
 
 def not_loaded(name: str, error: Exception) -> str:
     """One line for a checkpoint that upstream does not load."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:250]
+    first = first_line(error)
     if "safetensors" in str(error):
         return f"model {name}: no safetensors weights there; pickled weights are not loaded ({first})"
     return (

@@ -55,10 +55,17 @@ run
   --report_to NAME ...    none, wandb, tensorboard, ...
   --fresh                 start over; the earlier run is moved to FOLDER.previous
 
+processes; default: one for each visible GPU of this machine
+  --strategy NAME         ddp, zero1, zero2, zero3, zero3_offload, fsdp2, hsdp, single, torchrun, or an Accelerate file
+  --nproc N               processes on this node
+  --nodes N --node_rank R --master_addr HOST   several nodes: the same command on each, another rank
+  --dry_run               show the command of the launcher; starts nothing
+
 examples
   vit-dist train                                           train on the embedded digits
   vit-dist train --data ~/photos --epochs 10 --bf16        a folder for each class
   vit-dist train cifar10 --lr 3e-5                         a recipe, one setting changed
+  vit-dist train --data ~/photos --strategy fsdp2 --nproc 8
   vit-dist plan --data ~/photos --gpus 8 --gpu h100        memory, steps and time; starts nothing
 
 --help all shows every option. Keys and tokens come from the environment or a login only: WANDB_API_KEY, HF_TOKEN.

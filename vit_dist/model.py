@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # no public name yet; 
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
-from vit_dist.errors import UserError
+from vit_dist.data.listing import listed
+from vit_dist.errors import UserError, first_line
 from vit_dist.families import Family, image_side, load_family, location, not_loaded, set_image_size
 from vit_dist.options import ModelOptions
 
@@ -43,9 +44,9 @@ def build_model(
         before = image_side(model.config)
         if options.image_size is not None and before not in (None, input_size):
             model, changed = _interpolated(model, input_size)
-            notes += [f"interpolated from {before} to {input_size} px: {_listed(changed)}"] if changed else []
+            notes += [f"interpolated from {before} to {input_size} px: {listed(sorted(changed))}"] if changed else []
     unused = _check_forward(model, options.model, input_size, len(classes))
-    notes += [f"not trained, the logits do not depend on them: {_listed(unused)}"] if unused else []
+    notes += [f"not trained, the logits do not depend on them: {listed(sorted(unused))}"] if unused else []
     size = sum(parameter.numel() for parameter in model.parameters())
     name = options.model + (f"@{revision[:12]}" if revision else "")
     return BuiltModel(model, f"{name}, {size / 1e6:.1f} M parameters, {input_size} px; {'; '.join(notes)}", revision)
@@ -155,9 +156,11 @@ def _pretrained(
         _draw_anew(model, of_classes - new)
         new |= of_classes
     count = len(classes)
-    notes.append(f"new weights: {_listed(new)}" if new else f"no new weights (the head has these {count} classes)")
+    notes.append(
+        f"new weights: {listed(sorted(new))}" if new else f"no new weights (the head has these {count} classes)"
+    )
     if unused:
-        notes.append(f"not used: {_listed(unused)}")
+        notes.append(f"not used: {listed(sorted(unused))}")
     return model, notes, revision
 
 
@@ -237,7 +240,7 @@ def _require_backbone(
         how = "of another shape" if lost[0] in misshapen else "not"
         raise UserError(
             f"model {name}: {len(lost)} of {len(state)} weights besides the classifier are {how} in the checkpoint and "
-            f"would be random: {_listed(lost, 3)}; it is not a {model_type} checkpoint that transformers can load. "
+            f"would be random: {listed(lost, most=3)}; it is not a {model_type} checkpoint that transformers can load. "
             "Give another checkpoint, or train without pretrained weights: --from_scratch"
         )
 
@@ -261,11 +264,6 @@ def _draw_anew(model: PreTrainedModel, names: set[str]) -> None:
         model._init_weights(module)
 
 
-def _listed(keys: Any, most: int = 6) -> str:
-    keys = sorted(map(str, keys))
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
 def _interpolated(model: PreTrainedModel, input_size: int) -> tuple[PreTrainedModel, list[str]]:
     """The same model for another input size: positions interpolated (bicubic) and named, the rest as it was."""
     config = copy.deepcopy(model.config)
@@ -273,7 +271,7 @@ def _interpolated(model: PreTrainedModel, input_size: int) -> tuple[PreTrainedMo
     try:
         resized = type(model)(config)
     except Exception as error:
-        raise UserError(f"image_size={input_size} does not suit this model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"image_size={input_size} does not suit this model: {first_line(error)}") from error
     wanted = resized.state_dict()
     state = model.state_dict()
     changed = [name for name, value in state.items() if value.shape != wanted[name].shape]
@@ -321,8 +319,7 @@ def _check_forward(model: PreTrainedModel, name: str, input_size: int, num_class
         logits = model.eval()(pixel_values=torch.zeros(1, 3, input_size, input_size)).logits
     except Exception as error:
         raise UserError(
-            f"model {name} does not take {input_size} x {input_size} images: {str(error).splitlines()[0]}; "
-            "set --image_size"
+            f"model {name} does not take {input_size} x {input_size} images: {first_line(error)}; set --image_size"
         ) from error
     if logits.shape != (1, num_classes):
         raise UserError(f"model {name} yields logits {tuple(logits.shape)}, not (1, {num_classes})")

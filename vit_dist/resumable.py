@@ -36,7 +36,7 @@ from vit_dist.checkpoint.load import (
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.clock import Clock
 from vit_dist.distributed import Channel
-from vit_dist.errors import UserError
+from vit_dist.errors import UserError, first_line
 from vit_dist.model import reload_strictly, saved_weights
 
 
@@ -80,7 +80,7 @@ class ResumableTrainer(Trainer):
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{self.writer.folder}: a checkpoint holds something other than weights and state, which was not "
-                f"loaded ({_first_line(error)}). Move that checkpoint away to go on from an older one"
+                f"loaded ({first_line(error)}). Move that checkpoint away to go on from an older one"
             ) from error
         return output
 
@@ -268,10 +268,6 @@ class ResumableTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return "plain"
         return "fsdp_full" if "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type) else "fsdp_sharded"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class _Continue(TrainerCallback):

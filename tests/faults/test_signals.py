@@ -218,7 +218,7 @@ def test_signal_to_the_launcher_stops_the_run_with_a_checkpoint(
     lab: Lab, launcher: str, strategy: str, number: int
 ) -> None:
     """With the variables that launch/ and `vit-dist train` set, also SIGUSR1 and SIGUSR2."""
-    from vit_dist.cli import FOR_LAUNCHERS
+    from vit_dist.launch.topology import FOR_LAUNCHERS
 
     folder = lab.root / f"{launcher}_{strategy}_{int(number)}"
     args = [*lab.args, "--per_device_train_batch_size", 4, "--output_dir", folder]

@@ -128,7 +128,7 @@ def test_job_preempted_by_another_partition_is_requeued_and_ends_with_the_same_b
 @pytest.mark.slow
 def test_job_cancelled_saves_and_is_not_requeued(cluster: Cluster) -> None:
     folder = cluster.folder / "cancelled"
-    words = ["-N", 2, "--time", 10, "train", *TRAINING, "--output_dir", folder]
+    words = ["-N", 2, "--time", 10, "--", "train", *TRAINING, "--output_dir", folder]
     told = cluster.call(sys.executable, "-m", "vit_dist.cli", "slurm", *words)
     found = re.search(r"job (\d+)", told)
     assert found, told

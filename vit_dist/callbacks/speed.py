@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vit_dist.callbacks.communication import Communication
+from vit_dist.callbacks.communication import ADVICE, DdpTimer
 from vit_dist.clock import Clock
 
 logger = logging.getLogger("vit_dist")
@@ -34,11 +34,11 @@ class Speed(TrainerCallback):
 
     `images_per_second`, evaluations not counted; `mfu`, the share of the matrix products' peak (PaLM, Chowdhery et al.
     2022, appendix B: operations of forward and backward, nothing counted twice), if the peak is known; `data_wait`,
-    `checkpoint_wait` and, with several processes, `communication_wait`: shares of the time in which this rank's device
+    `checkpoint_wait` and, under DDP, `communication_wait`: shares of the time in which this rank's device
     waits. The first step, which compiles, is left out.
     """
 
-    def __init__(self, clock: Clock, step: Step, loading: str, communication: Communication | None = None) -> None:
+    def __init__(self, clock: Clock, step: Step, loading: str, communication: DdpTimer | None = None) -> None:
         """`loading`: what to do if data comes too late."""
         self.clock, self.step, self.loading, self.communication = clock, step, loading, communication
         self._steps = self._since_start = 0
@@ -83,8 +83,7 @@ class Speed(TrainerCallback):
         if key == "data_wait":
             return f"goes into waiting for data: {self.loading}"
         if key == "communication_wait":
-            assert self.communication is not None
-            return f"goes into communication: {self.communication.advice}"
+            return f"goes into communication: {ADVICE}"
         return "goes into checkpoints: save less often (--save_steps), or into a faster folder"
 
 

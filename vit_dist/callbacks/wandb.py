@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vit_dist.errors import first_line
 from vit_dist.redact import redact
 
 logger = logging.getLogger("vit_dist")
@@ -78,7 +79,7 @@ class WandbCallback(TrainerCallback):
             if self._run is None:
                 self._start("offline")
         except Exception as error:
-            return f"W&B: off ({_line(error)})"
+            return f"W&B: off ({redact(first_line(error))})"
         if self._offline:
             return f"W&B: offline ({reason}), then: {self._sync_line()}"
         return f"W&B: {self._run.url}"
@@ -120,7 +121,7 @@ class WandbCallback(TrainerCallback):
             _within(patience, lambda: self._finish(exit_code))
         except Exception as error:
             if not self._failed:
-                logger.warning("W&B: not everything was sent (%s)", _line(error))
+                logger.warning("W&B: not everything was sent (%s)", redact(first_line(error)))
             return self._sync_line()
         else:
             return self._sync_line() if self._offline or self._failed else None
@@ -138,7 +139,7 @@ class WandbCallback(TrainerCallback):
                 import wandb
 
                 _within(TEARDOWN_TIMEOUT, wandb.teardown)
-            return _line(error)
+            return redact(first_line(error))
         return ""
 
     def _start(self, mode: str) -> None:
@@ -199,7 +200,7 @@ class WandbCallback(TrainerCallback):
             call(self._run)
         except Exception as error:
             self._failed = True
-            logger.warning("W&B: off from here on, training continues (%s)", _line(error))
+            logger.warning("W&B: off from here on, training continues (%s)", redact(first_line(error)))
 
     @property
     def _offline(self) -> bool:
@@ -304,8 +305,3 @@ def _key(name: str) -> str:
         return name
     kind, _, rest = name.partition("_")
     return f"{kind}/{rest}" if kind in ("eval", "test") and rest else f"train/{name}"
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, without secrets."""
-    return redact((str(error).splitlines() or [type(error).__name__])[0])

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from vit_dist.checkpoint import store
 from vit_dist.checkpoint.snapshot import Snapshot
 from vit_dist.config import Config
 from vit_dist.distributed import Channel
-from vit_dist.errors import UserError
+from vit_dist.errors import UserError, first_line
 from vit_dist.files import nearest_folder
 from vit_dist.redact import redact
 
@@ -180,5 +179,5 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         where = f" ({os.path.basename(error.filename)})" if isinstance(error.filename, str) else ""
         return f"{error.strerror}{where}"
-    line = re.sub(r"\x1b\[[0-9;]*m", "", (str(error).strip().splitlines() or [""])[0])  # PyTorch writes in colours
+    line = first_line(error)
     return redact(line) or type(error).__name__

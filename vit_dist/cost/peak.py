@@ -28,13 +28,6 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     return 2 * side**3 / _fastest(lambda: a @ b)
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second that a copy on the device reads and writes."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _fastest(lambda: target.copy_(source))
-
-
 def _fastest(act: Callable[[], Any]) -> float:
     best = math.inf
     for _ in range(4):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import datasets
 
 from vit_dist import bundle
-from vit_dist.errors import UserError
+from vit_dist.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
@@ -44,7 +44,8 @@ def load_hub(data: str, options: DataOptions) -> tuple[dict[str, datasets.Datase
                 f"--data {data}: no such path exists here, the Hugging Face hub cannot be reached, and no copy is "
                 "in the cache"
             ) from error
-        raise UserError(f"--data {data}: the Hugging Face hub has it, but: {first_line(error)}") from error
+        why = first_line(error.__cause__ or error)
+        raise UserError(f"--data {data}: the Hugging Face hub has it, but: {why}") from error
     commit = commit or (builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None)
     return dict(splits), commit
 
@@ -56,7 +57,8 @@ def _bundled(folder: Path, data: str) -> tuple[dict[str, datasets.Dataset], str]
     try:
         return dict(datasets.load_from_disk(str(folder / bundle.DATA))), facts["commit"]
     except Exception as error:  # whatever a damaged file leads to
-        raise UserError(f"cannot read {folder / bundle.DATA}: {first_line(error)}") from error
+        why = first_line(error.__cause__ or error)
+        raise UserError(f"cannot read {folder / bundle.DATA}: {why}") from error
 
 
 def hub_commit(data: str, revision: str | None) -> tuple[str | None, bool]:
@@ -75,9 +77,8 @@ def hub_commit(data: str, revision: str | None) -> tuple[str | None, bool]:
     try:
         return HfApi().dataset_info(data, revision=revision, timeout=_TIMEOUT).sha, False
     except HFValidationError as error:
-        raise UserError(
-            f"--data {data}: no such path exists here, and it is not a hub id: {first_line(error)}"
-        ) from error
+        why = first_line(error.__cause__ or error)
+        raise UserError(f"--data {data}: no such path exists here, and it is not a hub id: {why}") from error
     except GatedRepoError as error:
         raise UserError(
             f"--data {data}: ask for access at https://huggingface.co/datasets/{data}, then log in"
@@ -110,9 +111,3 @@ def offline(active: bool) -> Iterator[None]:
 def datasets_cache(cache_dir: str | None) -> str | None:
     """Where `datasets` keeps what it downloads and converts, None for its default."""
     return None if cache_dir is None else str(Path(cache_dir).expanduser() / "datasets")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error, or its cause, says."""
-    lines = str(error.__cause__ or error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -20,7 +20,8 @@ from PIL import Image
 from vit_dist.data.cache import cache_folder, locked
 from vit_dist.data.dataset import ByteDataset, ImageDataset
 from vit_dist.data.decode import stored_size
-from vit_dist.data.verify import cores, decoding_key
+from vit_dist.data.verify import decoding_key
+from vit_dist.environment import job_cores
 from vit_dist.errors import UserError
 from vit_dist.files import remove, sha256, sync_folder, sync_tree
 
@@ -231,7 +232,7 @@ def _all_shrunk(dataset: ImageDataset, most: int) -> Iterator[Image.Image]:
     def make(begin: int) -> list[Image.Image]:
         return [_shrunk(dataset, index, most) for index in range(begin, min(begin + _CHUNK, len(dataset)))]
 
-    workers = cores()
+    workers = job_cores()
     ahead: deque[Future[list[Image.Image]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from vit_dist.data.cache import cache_folder
 from vit_dist.data.columns import NoLabelColumn, common_table, image_column, split_roles, usual_role
 from vit_dist.data.folders import class_tables, folder_notes, folders_without_row, is_used, layout_of, without_row
-from vit_dist.data.hub import datasets_cache, first_line, load_hub
+from vit_dist.data.hub import datasets_cache, load_hub
 from vit_dist.data.image_paths import Origin
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
 from vit_dist.data.labelled import SplitRows, labelled_tables
@@ -31,7 +31,7 @@ from vit_dist.data.split_words import split_word
 from vit_dist.data.table_files import group_by_split, is_side_table, split_side_tables
 from vit_dist.data.tables import column_names, extension, has_images, numbered, read_rows, split_lists
 from vit_dist.data.unread_lists import lists_that_name_images
-from vit_dist.errors import UserError
+from vit_dist.errors import UserError, first_line
 from vit_dist.first_look import no_such_data
 
 if TYPE_CHECKING:
@@ -401,7 +401,9 @@ def _saved(path: Path, options: DataOptions) -> Source:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a half-copied folder leads to
-        raise UserError(f"cannot read {path}, written by save_to_disk: {first_line(error)}") from error
+        raise UserError(
+            f"cannot read {path}, written by save_to_disk: {first_line(error.__cause__ or error)}"
+        ) from error
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
     return _from_splits(splits, str(path), "written by save_to_disk", options)
 

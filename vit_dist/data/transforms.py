@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, SiglipImageProcessorPil, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vit_dist.errors import UserError
+from vit_dist.errors import UserError, first_line
 from vit_dist.families import check_image_size, load_family, location
 from vit_dist.options import DataOptions, ModelOptions
 
@@ -64,8 +64,7 @@ def load_processor(options: ModelOptions, cache_dir: str | None = None) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"model {options.model}: no image processor (preprocessor_config.json) could be loaded: "
-            f"{str(error).splitlines()[0]}"
+            f"model {options.model}: no image processor (preprocessor_config.json) could be loaded: {first_line(error)}"
         ) from None
     return processor if size is None else _resized(processor, size, options.model)
 

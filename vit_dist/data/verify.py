@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from vit_dist.data.cache import cache_folder, locked, read_sealed, write_sealed
 from vit_dist.data.decode import HIGHEST_LEVEL, RULES_VERSION, BadImage, DecodeRules, decode_reduced, encoded_bytes
 from vit_dist.data.listing import shortened
 from vit_dist.data.split import table_fingerprint
+from vit_dist.environment import job_cores
 from vit_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def verify(
 ) -> Verified:
     """Which rows have images that do not decode under `rules`, and a digest of the encoded bytes of each image.
 
-    Decodes with `workers` threads (default: the cores that this process may use), Pillow's decoders run side by
+    Decodes with `workers` threads (default: all cores of this host that the job may use), Pillow's decoders run side by
     side; JPEGs at an eighth of their size, which finds what decoding them whole finds. The outcome is remembered until
     a file, a rule or Pillow changes; other processes that want the same wait for it. `progress(done, total)` is called
     in the process that decodes.
@@ -100,7 +100,7 @@ def verify(
         with locked(path):
             outcome = _remembered(path, len(table))
             if outcome is None:
-                outcome = _decode_all(table, rules, workers or cores(), progress)
+                outcome = _decode_all(table, rules, workers or job_cores(), progress)
                 _remember(path, outcome)
     return outcome
 
@@ -132,20 +132,20 @@ def apply_policy(
         raise UserError(
             f"{len(missing):,} of {len(table):,} image files of {split_name} are not there; correct their paths or "
             f"restore them{skip}:",
-            _listed(missing),
+            _lines(missing),
         )
     kinds = (
         "are missing" if len(missing) == len(bad) else "do not decode or are missing" if missing else "do not decode"
     )
     count = f"{len(bad):,} of {len(table):,} images of {split_name} {kinds}"
     if options.on_bad_image != "skip":
-        raise UserError(f"{count}; mend or remove them{skip}:", _listed(bad))
+        raise UserError(f"{count}; mend or remove them{skip}:", _lines(bad))
     if len(bad) / len(table) > options.max_bad_fraction or len(bad) == len(table):
         pass_it = f"; pass --max_bad_fraction {needed:g} to leave them out" if needed < 1 else ""
         raise UserError(
             f"{count} ({len(bad) / len(table):.2%}), too many for --on_bad_image skip with "
             f"--max_bad_fraction {options.max_bad_fraction:g}{pass_it}:",
-            _listed(bad),
+            _lines(bad),
         )
     keep[[row.index for row in bad]] = False
     return table.select(np.flatnonzero(keep)), keep
@@ -168,7 +168,7 @@ def judge_levels(seen: Seen, split_name: str) -> str | None:
     )
 
 
-def _listed(bad: Sequence[BadRow]) -> list[str]:
+def _lines(bad: Sequence[BadRow]) -> list[str]:
     """A line for each, as many as fit."""
     lines: list[str] = []
     for row in bad[:_MOST_LISTED]:
@@ -205,11 +205,6 @@ def _remembered(path: Path, num_rows: int) -> Verified | None:
         return Verified([BadRow(*row) for row in head["bad"]], digests, Seen(**head["seen"]))
     except (ValueError, TypeError, KeyError):
         return None  # written by another version: it is made again
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode_all(

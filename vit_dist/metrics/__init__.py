@@ -18,7 +18,7 @@ import evaluate
 import numpy as np
 
 from vit_dist import bundle
-from vit_dist.errors import UserError
+from vit_dist.errors import UserError, first_line
 from vit_dist.metrics.outcomes import Outcomes
 
 logger = logging.getLogger("vit_dist")
@@ -89,7 +89,7 @@ class ClassificationMetrics:
                 self._compute_extra(name, {"predictions": every_class, "references": every_class}, taken={})
             except Exception as error:
                 raise UserError(
-                    f"metric {name!r} cannot be computed from predicted and true class ids ({_line(error)}); "
+                    f"metric {name!r} cannot be computed from predicted and true class ids ({first_line(error)}); "
                     "leave it out, or wrap it in a metric of your own and give the path to its folder"
                 ) from error
 
@@ -131,7 +131,7 @@ def _load_shipped(name: str) -> evaluate.EvaluationModule:
         return evaluate.load(str(MODULES / name), keep_in_memory=True)
     except Exception as error:  # e.g. a copy cut short by a kill; `evaluate` would never renew it
         raise UserError(
-            f"metric {name!r} of vit_dist cannot be loaded from the copy that `evaluate` keeps ({_line(error)}); "
+            f"metric {name!r} of vit_dist cannot be loaded from the copy that `evaluate` keeps ({first_line(error)}); "
             f"delete {Path(evaluate.config.HF_MODULES_CACHE, 'evaluate_modules')} and try again"
         ) from error
 
@@ -149,7 +149,7 @@ def _load_extra(name: str) -> evaluate.EvaluationModule:
             return evaluate.load(name, keep_in_memory=True)
     except Exception as error:
         raise UserError(
-            f"metric {name!r} cannot be loaded ({_line(error)}); give the path of a folder <name>/ that holds "
+            f"metric {name!r} cannot be loaded ({first_line(error)}); give the path of a folder <name>/ that holds "
             "<name>.py, or run once where the Hugging Face hub can be reached"
         ) from error
 
@@ -175,8 +175,3 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         evaluate.config.HF_EVALUATE_OFFLINE = before
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,7 @@ from vit_dist.run.run_folder import FAILURE, environment, write_json, write_stat
 _recorded: set[tuple[Path, int]] = set()  # failures that this process has written, by folder and attempt
 OUT_OF_MEMORY = (
     "out of memory: lower --per_device_train_batch_size or make it `auto` (with --global_batch_size the steps stay the "
-    "same), try --bf16 or --activation_checkpointing, or shard the model (launch/accelerate.sh zero2 or fsdp2); "
+    "same), try --bf16 or --activation_checkpointing, or shard the model (--strategy zero2 or fsdp2); "
     "`vit-dist plan` shows what fits"
 )
 

@@ -18,12 +18,12 @@ from vit_dist import distributed
 from vit_dist.batch import split_batch
 from vit_dist.checkpoint import store
 from vit_dist.config import Config
+from vit_dist.data.listing import listed
 from vit_dist.errors import UserError
 from vit_dist.run import attempts, run_folder
 from vit_dist.run.owner import PATIENCE, FolderInUse, owned
 
 VARIABLE = "VIT_DIST_RUN_FOLDER"  # a batch script that has asked for the folder names it here for all processes
-MOST_LISTED = 10
 MOST_TRIES = 100  # commands that take a folder in the moment when this one has chosen it
 
 
@@ -197,8 +197,10 @@ def _allowed(config: Config, changed: Mapping[Path, Mapping[str, object] | None]
         return fitting[0]
     named = f"allow_change {' '.join(config.run.allow_change)}"
     if fitting:
-        raise UserError(f"{named} fits {len(fitting)} runs: {_listed(fitting)}; name one of them with --output_dir")
-    raise UserError(f"{named} fits none of {_listed(list(runs))}: other settings differ too; give --output_dir")
+        raise UserError(
+            f"{named} fits {len(fitting)} runs: {listed([*map(str, fitting)])}; name one of them with --output_dir"
+        )
+    raise UserError(f"{named} fits none of {listed([*map(str, runs)])}: other settings differ too; give --output_dir")
 
 
 def _of_asked_checkpoint(config: Config, found: Collection[Path]) -> Path | None:
@@ -214,8 +216,3 @@ def _note(first: Path, changed: Mapping[str, tuple[object, object]] | None) -> s
     keys = [f"{key} {before!r} -> {now!r}"[:120] for key, (before, now) in list(changed.items())[:3]]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"{first} holds a run with other settings: {', '.join(keys)}{more}"
-
-
-def _listed(folders: list[Path]) -> str:
-    shown = ", ".join(map(str, folders[:MOST_LISTED]))
-    return shown + (f" and {len(folders) - MOST_LISTED} more" if len(folders) > MOST_LISTED else "")

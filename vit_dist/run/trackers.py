@@ -9,9 +9,8 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from vit_dist.arguments import reporters
-from vit_dist.callbacks.communication import Communication, RecordOfDdp, Traced
+from vit_dist.callbacks.communication import DdpTimer
 from vit_dist.callbacks.metrics_file import MetricsFile, last_steps
-from vit_dist.callbacks.profile import WARM_UP
 from vit_dist.callbacks.progress import Progress
 from vit_dist.callbacks.speed import Speed, Step, data_advice
 from vit_dist.callbacks.wandb import WandbCallback, logged_in
@@ -71,19 +70,8 @@ def _speed(config: Config, trainer: ExactTrainer, side: int) -> Speed:
         flop = count_flops(cast(PreTrainedModel, trainer.model), side).training
         peak = matmul_flops(args.device, config.precision)
     step = Step(trainer.batches.global_batch, args.world_size, flop, peak)
-    return Speed(
-        trainer.clock, step, data_advice(args.dataloader_num_workers, cores()), _communication(config, trainer)
-    )
-
-
-def _communication(config: Config, trainer: ExactTrainer) -> Communication | None:
-    if trainer.args.world_size == 1:
-        return None
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return RecordOfDdp(lambda: trainer.model_wrapped)
-    traced = Traced(trainer.args.device, first=WARM_UP + config.run.profile if config.run.profile else 2)
-    trainer.add_callback(traced)
-    return traced
+    timer = DdpTimer(lambda: trainer.model_wrapped) if args.world_size > 1 else None
+    return Speed(trainer.clock, step, data_advice(args.dataloader_num_workers, cores()), timer)
 
 
 def wants_wandb(config: Config) -> bool:

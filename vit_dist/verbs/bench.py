@@ -8,7 +8,6 @@ One process on one device; all flags of training are taken. Nothing is kept of w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,16 +18,15 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from transformers import TrainerCallback
 
 from vit_dist import console, distributed, entry
 from vit_dist.config import Config, load_config
-from vit_dist.cost.peak import copy_rate, matmul_flops, settle
+from vit_dist.cost.peak import matmul_flops, settle
 from vit_dist.errors import UserError
-from vit_dist.verbs.parser import Parser
+from vit_dist.parser import Parser
 
 if TYPE_CHECKING:
     from vit_dist.build import Built
@@ -63,7 +61,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="vit-dist bench",
         usage="vit-dist bench [RECIPE] [--steps N] [--json FILE] [--chart FILE.svg] [--flag value ...]",
-        description="Measure, on this machine and with this recipe: matrix products and copies, decoding, batches "
+        description="Measure, on this machine and with this recipe: matrix products, decoding, batches "
         "alone, the step alone, both together, evaluation, and what a checkpoint costs. All other flags are those of "
         "`vit-dist train`.",
         allow_abbrev=False,
@@ -125,11 +123,7 @@ def _measure(built: Built, steps: int, images: int, found: dict[str, Any]) -> No
         console.say(f"{title:<22}{rate:10,.0f} images/s" + (f", {more}" if more else ""))
 
     found["matmul_flops"] = matmul_flops(args.device, found["precision"])
-    found["copy_bytes_per_second"] = copy_rate(args.device)
-    console.say(
-        f"{'peak':<22}{found['matmul_flops'] / 1e12:10,.2f} TFLOP/s in matrix products, "
-        f"{found['copy_bytes_per_second'] / 1e9:,.0f} GB/s in copies"
-    )
+    console.say(f"{'peak':<22}{found['matmul_flops'] / 1e12:10,.2f} TFLOP/s in matrix products")
     cached = built.image_source == "cache"  # whose images were decoded when it was built
     note("decode", "out of the cache" if cached else "decoding, one core", _decode_rate(built))
     rate, batch = _batches_alone(built, steps)
@@ -234,9 +228,12 @@ def _seconds_a_step(built: Built, clock: Clock, loader: Any = None) -> float:
     """Of the Trainer's own loop, with another loader in the place of its own if that is given."""
     trainer = built.trainer
     trainer.optimizer = trainer.lr_scheduler = None
-    other = mock.patch.object(trainer, "get_train_dataloader", lambda: loader)
-    with other if loader is not None else contextlib.nullcontext():
+    if loader is not None:
+        trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign]
+    try:
         trainer.train()
+    finally:
+        trainer.__dict__.pop("get_train_dataloader", None)
     return clock.step
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from vit_dist import console, entry
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
-from vit_dist.verbs.parser import Parser
+from vit_dist.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

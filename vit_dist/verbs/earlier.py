@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_dist.config import Config
-from vit_dist.cost.measured import is_named
 from vit_dist.run import run_folder
-from vit_dist.verbs.machines import Machines
+from vit_dist.verbs.machines import Machines, is_named
 
 MOST = 200  # of the newest runs beside this one that are looked into
 SAME = (  # settings that decide what an image costs

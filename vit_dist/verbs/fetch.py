@@ -25,8 +25,8 @@ from vit_dist import bundle, console, entry
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import remove, replacing, seal, sha256, sync_folder, sync_tree
+from vit_dist.parser import Parser
 from vit_dist.run.run_folder import versions
-from vit_dist.verbs.parser import Parser
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -71,7 +71,7 @@ def fetch(argv: Sequence[str]) -> None:
             raise UserError(f"another vit-dist fetch is making {folder}; wait for it") from None
         files = bundle.read(folder)["files"]
         size = sum(facts["bytes"] for facts in files.values())
-        console.say(f"{folder}: {_listed(wanted)}; {len(files)} files, {size / 1e6:,.1f} MB")
+        console.say(f"{folder}: {_described(wanted)}; {len(files)} files, {size / 1e6:,.1f} MB")
     for path in local:
         console.say(f"not copied, the nodes must see it: {path}")
     console.say(f"run with it: {bundle.VARIABLE}={folder}")
@@ -108,7 +108,7 @@ def _local(config: Config) -> list[str]:
     return paths
 
 
-def _listed(wanted: Mapping[str, Any]) -> str:
+def _described(wanted: Mapping[str, Any]) -> str:
     named = [f"{kind} {wanted[kind]['name']}" for kind in ("data", "model") if kind in wanted]
     named += [f"metrics {', '.join(wanted['metrics'])}"] if "metrics" in wanted else []
     return ", ".join(named) or "nothing is needed from the hub"

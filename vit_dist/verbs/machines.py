@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from dataclasses import dataclass
 
 from vit_dist.errors import UserError
@@ -36,7 +37,7 @@ class Machines:
 
 def read_machines(asked: argparse.Namespace, on_cpu: bool = False) -> Machines:
     """Of the flags of `vit-dist plan`; `on_cpu`: this machine's CPU unless they name machines. Raises UserError."""
-    named = ("gpus", "nodes", "gpu", "gpu_memory", "link", "node_link", "bench", "replicas")
+    named = ("gpus", "nodes", "gpu", "gpu_memory", "link", "node_link", "replicas")
     on_cpu = on_cpu and asked.strategy in ("auto", "single") and all(getattr(asked, name) is None for name in named)
     asked.gpus, asked.nodes = (1 if count is None else count for count in (asked.gpus, asked.nodes))
     for name in ("gpus", "nodes"):
@@ -75,6 +76,14 @@ def possible(machines: Machines) -> list[str]:
         return ["single", "zero2", "zero3_offload"]
     hsdp = ["hsdp"] if 1 < machines.replicas < machines.processes else []
     return ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", *hsdp]
+
+
+def is_named(gpu: str | None, device: str) -> bool:
+    """Whether `--gpu` may mean a device: h100 "NVIDIA H100 80GB HBM3", rtx4090 "NVIDIA GeForce RTX 4090", but l4 not
+    "NVIDIA L40S". None may be any.
+    """
+    name = re.sub(r"(?<=\D)(?=\d)", " ?", (gpu or "").lower().partition("-")[0])
+    return bool(re.search(rf"\b{name}(?!\d)", device.lower()))
 
 
 def _link(flag: str, asked: str | None) -> float | None:

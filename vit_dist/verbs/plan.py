@@ -3,7 +3,7 @@
 vit-dist plan configs/recipes/cifar10.yaml --gpus 8 --nodes 2 --gpu h100
 vit-dist plan --data ~/photos --gpus 4 --gpu_memory 24 --strategy zero2 --json
 vit-dist plan runs/photos                    # the run of this folder once more; the time is that of earlier runs
-vit-dist plan cifar10 --bf16 --gpus 8 --nodes 2 --gpu h100 --bench bench.json --link 40    # how well it would scale
+vit-dist plan cifar10 --bf16 --gpus 8 --nodes 2 --gpu h100 --link 40    # what each strategy sends, and for how long
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from typing import Any
 from vit_dist import bundle, console, distributed
 from vit_dist.batch import scaled_learning_rate, split_batch
 from vit_dist.config import Config, load_config
-from vit_dist.cost import measured
 from vit_dist.errors import UserError
+from vit_dist.parser import Parser
 from vit_dist.run import run_folder
 from vit_dist.terminal import show
 from vit_dist.verbs import earlier
 from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, read_machines
-from vit_dist.verbs.parser import Parser
 from vit_dist.verbs.plan_text import render
 
 
@@ -80,10 +79,6 @@ def _parser() -> Parser:
         "machines reaches (busbw of nccl-tests) if you know it",
     )
     parser.add_argument("--node_link", help="several nodes: link within one, which hsdp uses (default: as --link)")
-    parser.add_argument(
-        "--bench", metavar="FILE", help="one GPU's step as `vit-dist bench --json FILE` measured it with the same "
-        "recipe: with --link, efficiency and images/s of each strategy, with sending hidden not at all and at best",
-    )  # fmt: skip
     names = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp")
     parser.add_argument("--strategy", default="auto", choices=names, help="auto recommends one (default)")
     parser.add_argument("--replicas", type=int, help="hsdp: copies of the sharded model (default: as many as nodes)")
@@ -97,7 +92,6 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     """The plan as plain values (bytes, seconds, images). Reads the data's index, a few images, the model's config."""
     # Slow to import; a mistake in the command should be told at once.
     from vit_dist.arguments import reporters
-    from vit_dist.cost.flops import count_flops
     from vit_dist.data.pipeline import build_data
     from vit_dist.data.resident import resident_bytes
     from vit_dist.data.sampler import GlobalBatchSampler
@@ -113,7 +107,6 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
             "per_device_train_batch_size=auto: the memory of the GPUs is not known here; give --gpu or --gpu_memory, "
             "or a number of images"
         )
-    bench = measured.read(asked.bench) if asked.bench else None
     batch = split_batch(config, machines.processes)
     rate = scaled_learning_rate(config, batch)
     quick = replace(config.data, verify_images=False)
@@ -126,12 +119,9 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
         world_size=batch.world_size, rank=0, seed=0, drop_last=config.training["dataloader_drop_last"],
     )  # fmt: skip
     steps = total_steps(config, sampler.steps_per_epoch)
-    if bench:
-        flops = count_flops(model, data.input_size)
-        bench.check(precision=config.precision, gflop_per_image=flops.training / 1e9, gpu=machines.gpu)
     source = "processor" if machines.cpu and config.data.image_source == "auto" else config.data.image_source
     images = resident_bytes(data, source, machines.memory)
-    weighed, batch = weigh(config, machines, batch, model, data.input_size, bench, asked.strategy, images)
+    weighed, batch = weigh(config, machines, batch, model, data.input_size, asked.strategy, images)
     plan: dict[str, Any] = {
         "source": config.source,
         "machines": {**asdict(machines), "processes": machines.processes, "cores": distributed.cores()},
@@ -149,28 +139,17 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
                           "recipe": config.training["learning_rate"], "actual": rate,
                           "schedule": str(config.training["lr_scheduler_type"]), "curve": curve(config, rate, steps)},
     }  # fmt: skip
-    plan |= {"bench": asdict(bench) if bench else None, **weighed}
-    plan["time"] = _time(config, machines, steps * batch.total, plan, asked)
+    plan |= weighed
+    plan["time"] = _time(config, machines, steps * batch.total, asked)
     draws = random_draws(model) if machines.processes > 1 else ""
     plan["warnings"] = [differing_draws(draws)] if draws else []
     plan["config"] = config.resolved()
     return plan
 
 
-def _time(
-    config: Config, machines: Machines, images: int, plan: dict[str, Any], asked: argparse.Namespace
-) -> dict[str, Any]:
-    """Seconds of training, if a speed was given, predicted, or measured by an earlier run of the same model."""
+def _time(config: Config, machines: Machines, images: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of training, if a speed was given or an earlier run of the same model has measured one."""
     rate, source = asked.images_per_second, "--images_per_second"
-    bench, efficiency = plan["bench"], plan["strategies"][plan["strategy"]]["efficiency"]
-    if rate is None and bench and efficiency:
-        predicted, fed = efficiency["low"] * bench["step_images_per_second"], bench["train_images_per_second"]
-        rate = machines.processes * min(predicted, fed)
-        source = (
-            f"predicted from {bench['file']}, nothing overlapped"
-            if predicted <= fed
-            else f"what one trained end to end in {bench['file']}: it waited for batches"
-        )
     if rate is None and (known := earlier.find(config, machines)):
         rate, source = known
     limit = _seconds(asked.time_limit)

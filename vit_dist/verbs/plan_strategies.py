@@ -12,11 +12,9 @@ from transformers import PreTrainedModel
 from vit_dist.auto_batch import search
 from vit_dist.batch import Batch
 from vit_dist.config import Config
-from vit_dist.cost import memory, scaling
-from vit_dist.cost.measured import Measured
+from vit_dist.cost import memory, traffic
 from vit_dist.strategy import mark_blocks
 from vit_dist.verbs.machines import Machines, possible
-from vit_dist.verbs.plan_text import percent
 
 # The cheapest first; hsdp before fsdp2 on several nodes.
 AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
@@ -37,11 +35,10 @@ def weigh(
     batch: Batch,
     model: PreTrainedModel,
     side: int,
-    bench: Measured | None,
     asked: str,
     images: int,
 ) -> tuple[dict[str, Any], Batch]:
-    """`strategies`: bytes on a GPU, traffic and efficiency of each; `strategy`: the one asked for or recommended, and
+    """`strategies`: bytes on a GPU, traffic of each; `strategy`: the one asked for or recommended, and
     `why`; `fits`; `disk`. With it the batch as that strategy splits it: each finds a micro-batch of its own if it is to
     be found. `side` in pixels; `images`: bytes of them that stay on each GPU.
     """
@@ -49,14 +46,12 @@ def weigh(
     checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
     saved = memory.activations(model, side, config.precision, checkpointing)
     tensors = memory.Tensors.of(model)
-    each = {
-        name: _Strategy(name, config, machines, tensors, saved, images).row(batch, bench) for name in possible(machines)
-    }
+    each = {name: _Strategy(name, config, machines, tensors, saved, images).row(batch) for name in possible(machines)}
     table = {name: row for name, (row, _) in each.items()}
     chosen, why = _choose(asked, table, machines, config.finds_batch)
     return {
         "strategy": chosen,
-        "why": why + _compared(chosen, table, config.scaling.ddp_bf16_all_reduce),
+        "why": why,
         "strategies": table,
         "fits": table[chosen]["fits"],
         "disk": {
@@ -93,7 +88,7 @@ class _Strategy:
         """Bytes on a GPU that takes so many images of its `share` at once."""
         return self.state(share // images).total + self.saved.of(images) + self.images + memory.RESERVE
 
-    def row(self, batch: Batch, bench: Measured | None) -> tuple[dict[str, Any], Batch]:
+    def row(self, batch: Batch) -> tuple[dict[str, Any], Batch]:
         """Its line of the table, and the batch as it is split for it."""
         room = None if self.machines.memory is None else int(memory.USABLE * self.machines.memory)
         share = batch.per_device * batch.accumulation
@@ -101,7 +96,8 @@ class _Strategy:
             found = search(batch.sizes, partial(self.total, share), room)
             batch = batch.split_into(found.size or 1, f"auto, by the memory model: {found.reason}")
         total = self.total(share, batch.per_device)
-        sends = self._sends()
+        sent = self._collectives()
+        known = self.machines.link is not None or not sent
         return {
             "per_device": batch.per_device,
             **asdict(self.state(batch.accumulation)),
@@ -110,42 +106,30 @@ class _Strategy:
             "reserve": memory.RESERVE,
             "total": total,
             "fits": None if room is None else total <= room,
-            "traffic": scaling.traffic(sends, batch.accumulation),
-            "efficiency": None if self.name == "zero3_offload" else self._efficiency(batch, sends, bench),
+            "traffic": traffic.bytes_per_step(sent, batch.accumulation),
+            "traffic_seconds": traffic.seconds_per_step(sent, self._group, batch.accumulation) if known else None,
             "checkpoint": memory.checkpoint_bytes(
                 self.name, self.tensors, precision=self.config.precision, optim=str(self.config.training["optim"])
             ),
         }, batch
 
-    def _sends(self) -> list[scaling.Send]:
+    def _collectives(self) -> list[traffic.Collective]:
         tensors, config = self.tensors, self.config
-        return scaling.sends(
+        return traffic.collectives(
             self.name, weights=tensors.parameters, trained=tensors.trained_parameters, blocks=tensors.groups,
             devices=self.machines.processes, shards=self.shards, size=4 if config.precision == "fp32" else 2,
             ddp_size=2 if config.scaling.ddp_bf16_all_reduce else 4,
         )  # fmt: skip
 
-    def _efficiency(self, batch: Batch, sends: list[scaling.Send], bench: Measured | None) -> dict[str, float] | None:
-        """Of all GPUs, against as many alone: `low` with nothing overlapped, `high` with all that can be.
-
-        Needs a link where there are several GPUs.
-        """
+    def _group(self, one: traffic.Collective) -> traffic.Group:
+        """The processes that run a collective. A replica's GPUs are neighbours; its counterparts are on other nodes."""
         machines = self.machines
-        if bench is None or (machines.link is None and sends):
-            return None
-
-        def link(send: scaling.Send) -> scaling.Link:
-            # A replica's GPUs stand side by side, and its counterparts in other nodes where there are any.
-            nodes = {"world": machines.nodes, "shards": -(-self.shards // machines.gpus),
-                     "replicas": min(send.devices, machines.nodes)}[send.ring]  # fmt: skip
-            speed = (machines.node_link if nodes == 1 else None) or machines.link or math.inf
-            if send.ring == "replicas" and nodes > 1:
-                rings = min(self.shards, machines.gpus)  # share a node's network: one for each GPU of a replica
-                speed /= rings
-            return scaling.Link(speed, scaling.latency(send.devices, nodes))
-
-        step = scaling.Step.of(batch.per_device / bench.step_images_per_second, batch.accumulation)
-        return dict(zip(("low", "high"), scaling.bounds(step, sends, link, bench.copy_bytes_per_second), strict=True))
+        nodes = {"world": machines.nodes, "shards": -(-self.shards // machines.gpus),
+                 "replicas": min(one.devices, machines.nodes)}[one.group]  # fmt: skip
+        speed = (machines.node_link if nodes == 1 else None) or machines.link or math.inf
+        if one.group == "replicas" and nodes > 1:
+            speed /= min(self.shards, machines.gpus)  # as many rings share a node's network
+        return traffic.Group(one.devices, nodes, speed)
 
 
 def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, finds_batch: bool) -> tuple[str, str]:
@@ -165,24 +149,3 @@ def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, fi
             return name, f"{', '.join(passed)} would not fit; {reason}" if passed else reason
     lower = "not even one image at once;" if finds_batch else "lower --per_device_train_batch_size,"
     return order[-1], f"nothing fits; {lower} add --activation_checkpointing, or use more GPUs"
-
-
-def _compared(chosen: str, table: dict[str, dict[str, Any]], halved: bool) -> str:
-    """What sharding is predicted to cost where it is not needed, or what it gains all the same.
-
-    `halved`: DDP sends bfloat16.
-    """
-    ranges = {name: row["efficiency"] for name, row in table.items() if row["efficiency"] and row["fits"]}
-    if "ddp" not in ranges or len(ranges) < 2:
-        return ""
-    ddp = ranges.pop("ddp")
-    fastest = max(ranges, key=lambda name: ranges[name]["low"])
-    if chosen == "ddp" and ranges[fastest]["low"] > ddp["high"]:
-        found = f"{fastest} reaches {percent(ranges[fastest])} where ddp reaches {percent(ddp)}"
-        hint = "" if halved else "; --ddp_bf16_all_reduce halves what it sends"
-        return f"; but over this link {found}{hint}"
-    other = "fsdp2" if chosen == "ddp" else chosen
-    if other not in ranges or ranges[other]["low"] >= ddp["low"] or percent(ranges[other]) == percent(ddp):
-        return ""
-    needless = "" if chosen == "ddp" else "the state fits on each GPU: "  # else the reason has it
-    return f"; {needless}{other} would reach {percent(ranges[other])} where ddp reaches {percent(ddp)}"

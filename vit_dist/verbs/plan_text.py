@@ -30,23 +30,26 @@ def render(plan: dict[str, Any]) -> list[str]:
     if rate["curve"]:
         lines.append(("", "  ".join(f"{step:,}: {value:.1e}" for step, value in rate["curve"].items())))
     lines.append(("strategy", f"{plan['strategy']}: {plan['why']}"))
-    if machines["link"] and not plan["bench"] and (sent := plan["strategies"][plan["strategy"]]["traffic"]):
-        wait = f"{sent / machines['link'] * 1e3:,.1f} ms at {machines['link'] / 1e9:g} GB/s, less what overlaps"
-        lines.append(("", f"a step sends {sent / 1e9:.2f} GB from each GPU: {wait} with the backward"))
-    on_gpu = "on one GPU, in GB; traffic in GB that a GPU sends per step"
+    on_gpu = "of one GPU, in GB; traffic: GB that a GPU sends per step"
+    if machines["link"]:
+        on_gpu += f"; ms: its time at {machines['link'] / 1e9:g} GB/s"
+        on_gpu += f", {machines['node_link'] / 1e9:g} GB/s within a node" if machines["node_link"] else ""
+        on_gpu += ", none of it overlapped with computing"
     lines.append(("memory", "of the process, in GB" if machines["cpu"] else on_gpu))
     kept = any(row["images"] > 5e6 for row in plan["strategies"].values())  # fewer would be a column of 0.00
     images = ("images",) if kept else ()
     columns = ("parameters", "gradients", "optimizer", "buffers", "activations", *images, "reserve", "total", "traffic")
-    lines.append(("", "".join([f"{'':<15}", *(f"{name:>12}" for name in columns), "  fits"])))
+    header = "".join(f"{name:>12}" for name in columns) + (f"{'ms':>10}" if machines["link"] else "")
+    lines.append(("", f"{'':<15}{header}  fits"))
     for name, row in plan["strategies"].items():
         mark = "*" if name == plan["strategy"] else " "
         fits = {None: "?", True: "yes", False: "no"}[row["fits"]]
         host = f"  ({row['host'] / 1e9:.2f} on the host)" if row["host"] else ""
         host += f"  {row['per_device']} per device" if batch["note"] else ""
         numbers = "".join(f"{row[column] / 1e9:>12.2f}" for column in columns)
+        if machines["link"]:
+            numbers += f"{1e3 * row['traffic_seconds']:>10,.1f}"
         lines.append(("", f"{mark}{name:<14}{numbers}  {fits}{host}"))
-    lines += _speed(plan)
     disk = plan["disk"]
     folders = disk["kept"] + 1 if disk["kept"] else None  # the new one is written before an old one goes
     space = f"{folders * disk['checkpoint'] / 1e9:.2f} GB for {folders}" if folders else "all are kept"
@@ -61,43 +64,10 @@ def render(plan: dict[str, Any]) -> list[str]:
                               f"({time['source']}){judged}"))  # fmt: skip
     else:
         cure = "give --images_per_second, or finish a run of this model on this machine"
-        on_gpus = "give --bench and --link, --images_per_second, or plan beside a finished run of this model"
+        on_gpus = "give --images_per_second, or plan beside a finished run of this model"
         lines.append(("time", f"not known; {cure if machines['cpu'] else on_gpus}"))
     lines += [("warning", line) for line in plan["warnings"]]
     return [f"{title:<9}{line}" for title, line in lines]
-
-
-def _speed(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Efficiency and images per second of each strategy, if a step was measured."""
-    bench, machines, batch = plan["bench"], plan["machines"], plan["batch"]
-    if not bench:
-        return []
-    lines = [f"of one {bench['device']}: {bench['step_images_per_second']:,.0f} images/s in {bench['file']}"]
-    if bench["batch"] != batch["per_device"]:
-        lines[0] += f", measured with batch {bench['batch']}; {batch['per_device']} is taken to need as long per image"
-    ranges = {name: row["efficiency"] for name, row in plan["strategies"].items()}
-    if not any(ranges.values()):
-        lines.append(f"{machines['processes']} GPUs: not known; give --link")
-    elif machines["processes"] > 1:
-        links = f"{machines['link'] / 1e9:g} GB/s"
-        if machines["node_link"]:
-            links += f", {machines['node_link'] / 1e9:g} GB/s within a node"
-        lines.append(f"of {machines['processes']} at {links}, with nothing overlapped to all that can be:")
-        most = machines["processes"] * bench["step_images_per_second"]
-        for name, found in ranges.items():
-            mark = "*" if name == plan["strategy"] else " "
-            rates = f"{span(found, most):>24} images/s" if found else "  not known: its steps wait for the host"
-            lines.append(f"{mark}{name:<14}{percent(found) if found else '':>12}{rates}")
-    return [("speed" if i == 0 else "", line) for i, line in enumerate(lines)]
-
-
-def percent(efficiency: dict[str, float]) -> str:
-    return f"{span(efficiency, 100)} %"
-
-
-def span(efficiency: dict[str, float], whole: float) -> str:
-    low, high = (f"{whole * efficiency[name]:,.0f}" for name in ("low", "high"))
-    return low if low == high else f"{low} to {high}"
 
 
 def _clock(seconds: float) -> str:

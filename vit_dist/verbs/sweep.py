@@ -28,9 +28,9 @@ import yaml
 
 from vit_dist import settings_file
 from vit_dist.errors import UserError
+from vit_dist.parser import Parser
 from vit_dist.settings_file import Setting
 from vit_dist.terminal import show
-from vit_dist.verbs.parser import Parser
 
 if TYPE_CHECKING:
     from vit_dist.config import Config

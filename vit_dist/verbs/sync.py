@@ -16,9 +16,9 @@ from vit_dist import console, entry
 from vit_dist.callbacks.wandb import base_url, logged_in, unreachable
 from vit_dist.errors import UserError
 from vit_dist.files import open_for_writing
+from vit_dist.parser import Parser
 from vit_dist.redact import redact
 from vit_dist.run.owner import owned
-from vit_dist.verbs.parser import Parser
 
 # wandb has then sent all whole records, and leaves the attempt without its mark: it may be written yet.
 CUT_SHORT = "ends with an incomplete record"

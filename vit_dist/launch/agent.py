@@ -1,7 +1,7 @@
 """torchrun's agent as users see it: a user's error is the last line, and node 0 leaves last.
 
-python -m vit_dist.launcher torch.distributed.run ...         as torchrun
-python -m vit_dist.launcher accelerate.commands.launch ...    as accelerate launch
+python -m vit_dist.launch.agent torch.distributed.run ...         as torchrun
+python -m vit_dist.launch.agent accelerate.commands.launch ...    as accelerate launch
 
 Both start the processes from this one, which gets and passes on signals as it would without us.
 """
