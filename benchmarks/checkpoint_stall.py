@@ -30,7 +30,7 @@ from vit_dist.checkpoint import store
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import load_config
 from vit_dist.data.pipeline import build_data
-from vit_dist.distributed import Channel
+from vit_dist.distributed import GlooGroup
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.model import build_model
 from vit_dist.run.failure import memory
@@ -53,7 +53,7 @@ def build(folder: Path) -> ExactTrainer:
     data = build_data(config.data, config.model, config.data_seed, lambda what: lambda done, total: None)
     model = build_model(config.model, data.classes, data.input_size, seed=0).model
     trainer = build_trainer(
-        config, args, data, model, ClassificationMetrics(data.classes), CheckpointWriter(config, Channel())
+        config, args, data, model, ClassificationMetrics(data.classes), CheckpointWriter(config, GlooGroup())
     )
     trainer.train()
     return trainer

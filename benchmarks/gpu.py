@@ -248,8 +248,8 @@ class Bench:
         return _words(flags)
 
     def auto(self) -> dict[str, Any]:
+        from vit_dist.commands import bench
         from vit_dist.config import load_config
-        from vit_dist.verbs import bench
 
         sizes = {"per_device_train_batch_size": "auto", "global_batch_size": 64 if self.small else 1024}
         found = bench.run(load_config(self._flags(**sizes)), 2 if self.small else 5)

@@ -5,5 +5,5 @@
 set -euo pipefail
 # shellcheck source=launch/python.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/python.sh"
-[[ $1 == train ]] && module=vit_dist.train || module=vit_dist.verbs.$1
+[[ $1 == train ]] && module=vit_dist.train || module=vit_dist.commands.$1
 exec "$PYTHON" -m "$module" "${@:2}"

@@ -67,5 +67,5 @@ def count_steps(folder: Path) -> None:
         made.add_callback(Steps(folder))
         return made
 
-    trainer.ExactTrainer.LATE_ON = ("cpu",)  # type: ignore[misc]
+    trainer.ExactTrainer.DEFERRED_CHECK_DEVICES = ("cpu",)  # type: ignore[misc]
     build.build_trainer = with_steps

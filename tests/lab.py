@@ -364,7 +364,7 @@ def committed(folder: Path) -> list[int]:
     """Steps of the checkpoints that are as they were committed, oldest first."""
     from vit_dist.checkpoint import store
 
-    return sorted(store.step_of(path) for path in store.checkpoints(folder) if store.damage(path) is None)
+    return sorted(store.step_of(path) for path in store.checkpoints(folder) if store.integrity_error(path) is None)
 
 
 def status(folder: Path) -> dict[str, Any]:

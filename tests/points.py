@@ -82,7 +82,7 @@ def witness(rank: int) -> None:
 
         trainer.ExactTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
     if os.environ.get("LOOK_LATE"):  # as on a GPU
-        trainer.ExactTrainer.LATE_ON = ("cpu",)
+        trainer.ExactTrainer.DEFERRED_CHECK_DEVICES = ("cpu",)
     if poison := os.environ.get("POISON"):  # gradient or weight:rank:step
         kind, on, at = poison.split(":")
         training_step = trainer.ExactTrainer.training_step

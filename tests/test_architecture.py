@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "model": ("model", "classifiers", "weight_decay", "blocks", "rewrites", "cost.", "auto_batch", "strategy"),
     "training": ("arguments", "checkpoint.", "metrics.", "callbacks.", "resumable", "trainer", "build"),
     "run": ("run.",),
-    "commands": ("train", "verbs."),
+    "commands": ("train", "commands."),
     "cli": ("cli", "__main__"),
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_layers_name_no_module_that_is_gone() -> None:
 
 def test_lower_layers_do_not_name_higher_ones() -> None:
     # It runs on a login node before there is a job; nothing that trains imports it.
-    submits = PACKAGE / "verbs" / "slurm.py"
+    submits = PACKAGE / "commands" / "slurm.py"
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.*")]:
         if path == submits:
             continue
@@ -90,8 +90,8 @@ def test_lower_layers_do_not_name_higher_ones() -> None:
 
 
 def test_training_imports_nothing_that_submits_jobs() -> None:
-    assert not [module for module, path in MODULES.items() if "verbs.slurm" in imports(path)]
-    submits = (PACKAGE / "verbs" / "slurm.py").read_text()
+    assert not [module for module, path in MODULES.items() if "commands.slurm" in imports(path)]
+    submits = (PACKAGE / "commands" / "slurm.py").read_text()
     assert not re.search(r"SLURM_[A-Z]", submits), "a job's variables are for its scripts"
 
 

@@ -24,11 +24,11 @@ from vit_dist import batch as batch_module
 from vit_dist.arguments import build_arguments
 from vit_dist.auto_batch import Found, find_batch, search, step_peak
 from vit_dist.batch import Batch, split_batch
+from vit_dist.commands import plan
 from vit_dist.config import Config, load_config, write_config
 from vit_dist.cost import memory
 from vit_dist.errors import UserError
-from vit_dist.strategy import mark_blocks
-from vit_dist.verbs import plan
+from vit_dist.strategy import set_fsdp_wrap_policy
 
 GB = 10**9
 AUTO = ["--per_device_train_batch_size", "auto", "--global_batch_size"]
@@ -148,7 +148,7 @@ def small_model() -> ViTForImageClassification:
         ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
                   patch_size=8, hidden_dropout_prob=0.1, num_labels=5)
     )  # fmt: skip
-    mark_blocks(model)
+    set_fsdp_wrap_policy(model)
     return model
 
 

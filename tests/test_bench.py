@@ -12,8 +12,8 @@ import torch
 from lab import fork
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
 
+from vit_dist.commands.bench import advice
 from vit_dist.cost.flops import count_flops
-from vit_dist.verbs.bench import advice
 
 RATES = ("decode", "input", "step", "train", "evaluation")
 
@@ -70,8 +70,8 @@ def test_bench_with_impossible_flags_is_refused_in_one_line(tmp_path: Path) -> N
         (["--steps", 0], "error: --steps 0: give at least 1"),
         (["--steps", "x"], "see vit-dist bench --help"),
     ):
-        assert said in fork(*flags, module="vit_dist.verbs.bench", expect=2).stderr
-    failed = fork(module="vit_dist.verbs.bench", expect=2, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1")
+        assert said in fork(*flags, module="vit_dist.commands.bench", expect=2).stderr
+    failed = fork(module="vit_dist.commands.bench", expect=2, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1")
     assert "error: bench measures one process" in failed.stderr
 
 

@@ -15,7 +15,7 @@ from vit_dist.blocks import (
     Compilation,
     choose_compilation,
     compile_blocks,
-    speed_up,
+    optimize_model,
 )
 from vit_dist.errors import UserError
 from vit_dist.rewrites import bf16_residual, class_token_only, patches_by_matmul
@@ -58,7 +58,7 @@ def test_compiled_blocks_compute_the_same_gradients(
 ) -> None:
     torch._dynamo.reset()
     expected = gradients(vit, images)
-    speed_up(vit, None, Compilation(True, "", {"backend": backend}), False, CPU)
+    optimize_model(vit, None, Compilation(True, "", {"backend": backend}), False, CPU)
     got = gradients(vit, images)
     assert all(torch.allclose(got[name], expected[name], atol=1e-5) for name in expected)
 

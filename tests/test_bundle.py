@@ -201,7 +201,7 @@ def test_bundle_with_a_cache_dir_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.launch  # the package looks for the bundle when it is imported
-@pytest.mark.parametrize("module", ["vit_dist.train", "vit_dist.verbs.doctor", "vit_dist.verbs.plan"])
+@pytest.mark.parametrize("module", ["vit_dist.train", "vit_dist.commands.doctor", "vit_dist.commands.plan"])
 def test_missing_bundle_refuses_every_verb_in_one_line_and_leaves_nothing(tmp_path: Path, module: str) -> None:
     env: dict[str, Any] = {bundle.VARIABLE: str(tmp_path / "b"), "HF_HUB_OFFLINE": "0"}
     failed = run(*ARGS, "--output_dir", tmp_path / "run", module=module, expect=2, **env)

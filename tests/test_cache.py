@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vit_dist import stop
+from vit_dist.commands import cache as verb
 from vit_dist.data import image_cache
 from vit_dist.data.dataset import collate
 from vit_dist.data.image_cache import CachedDataset, Estimate, about, cache_of, caches, reason_against
@@ -33,7 +34,6 @@ from vit_dist.data.resident import place_images
 from vit_dist.errors import UserError
 from vit_dist.files import SEAL, seal
 from vit_dist.options import DataOptions, ModelOptions
-from vit_dist.verbs import cache as verb
 
 CPU = torch.device("cpu")
 SIDE, SHORTEST = 32, 36  # of the tiny model's input, and of what is kept
@@ -338,7 +338,11 @@ def test_auto_goes_on_with_the_source_that_the_run_began_with(lab: Lab) -> None:
     assert record["image_source"] == "processor"  # on CPUs
     del record[SEAL]
     for began_with, said, code in (
-        ("resident", "error: the run began with image_source resident, which cannot be here: image_source=resident", 2),
+        (
+            "resident",
+            "error: this run uses image_source=resident, which this machine does not support: image_source=resident",
+            2,
+        ),
         ("stream", "images streamed as bytes", 0),
     ):  # as on a GPU
         (folder / "run.json").write_text(json.dumps(seal({**record, "image_source": began_with})))

@@ -40,7 +40,7 @@ def test_strategy_and_processes_are_flags_of_the_verbs_that_train(
     monkeypatch.setenv("WORLD_SIZE", "1")  # what an outer launcher has left does not matter
     assert cli.main([verb, "--strategy", "fsdp2", "digits", "--nproc", "2", "--dry_run"]) == 0
     words = capsys.readouterr().out.split()
-    module = "vit_dist.train" if verb == "train" else "vit_dist.verbs.doctor"
+    module = "vit_dist.train" if verb == "train" else "vit_dist.commands.doctor"
     assert words[-3:] == ["-m", module, "digits"] and words[words.index("--num_processes") + 1] == "2"
     assert cli.main([verb, "--strategy", "fdsp2", "digits"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown strategy fdsp2; did you mean fsdp2?")
@@ -53,7 +53,7 @@ def test_strategy_given_to_a_started_process_is_one_line(capsys: pytest.CaptureF
 
 def test_unknown_verb_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "error: unknown verb trian; did you mean train?\n"
+    assert capsys.readouterr().err == "error: unknown command trian; did you mean train?\n"
 
 
 def test_help_and_version_exit_0(capsys: pytest.CaptureFixture[str]) -> None:

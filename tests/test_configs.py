@@ -10,7 +10,7 @@ import yaml
 from conftest import CONFIGS, run
 
 from vit_dist.errors import UserError
-from vit_dist.strategy import check_owners
+from vit_dist.strategy import reject_launcher_overrides
 
 FILES = {path.stem: path for path in CONFIGS.glob("*.yaml")}
 PROCESSES = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
@@ -49,11 +49,11 @@ def test_config_file_has_a_short_header(name: str) -> None:
 
 def test_precision_of_the_launcher_is_refused() -> None:
     with pytest.raises(UserError, match="precision belongs to the recipe"):
-        check_owners("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+        reject_launcher_overrides("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     with pytest.raises(UserError, match="--torch_compile"):
-        check_owners("fp32", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
-    check_owners("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO"})
-    check_owners("fp32", {"ACCELERATE_MIXED_PRECISION": "no"})
+        reject_launcher_overrides("fp32", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
+    reject_launcher_overrides("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO"})
+    reject_launcher_overrides("fp32", {"ACCELERATE_MIXED_PRECISION": "no"})
 
 
 @pytest.mark.launch

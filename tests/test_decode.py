@@ -17,7 +17,7 @@ import pytest
 from image_fixtures import BLUE, GREEN, RED, encoded, noise, options, png, shared_data
 from PIL import Image, ImageFile
 
-from vit_dist.data.decode import BadImage, DecodeRules, decode, decode_reduced
+from vit_dist.data.decode import BadImage, DecodeRules, decode, decode_downscaled
 from vit_dist.errors import UserError
 
 RULES = DecodeRules()
@@ -87,7 +87,7 @@ def test_jpegs_are_reduced_as_far_as_they_may_be(orientation, most):
     exif[0x0112] = orientation
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)).resize((203, 117), 3)
     data = encoded(picture, "JPEG", quality=95, subsampling=0, exif=exif)
-    reduced, size = decode_reduced(data, RULES, lambda *size: asked.append(size) or most)
+    reduced, size = decode_downscaled(data, RULES, lambda *size: asked.append(size) or most)
     assert asked == [size] and size == ((117, 203) if orientation > 4 else (203, 117)) == decode(data, RULES).size
     by = next(by for by in (8, 4, 2, 1) if by <= most)
     assert reduced.size == tuple(-(-side // by) for side in size)
@@ -98,17 +98,17 @@ def test_jpegs_are_reduced_as_far_as_they_may_be(orientation, most):
 
 def test_reduced_decoding_is_for_jpegs_and_judges_the_full_size():
     for data in (encoded(noise(), "PNG"), encoded(noise(), "WEBP"), encoded(noise(), "TIFF", compression="jpeg")):
-        assert decode_reduced(data, RULES, lambda width, height: 8)[0].size == noise().size
+        assert decode_downscaled(data, RULES, lambda width, height: 8)[0].size == noise().size
     small = encoded(noise(), "JPEG")
-    assert decode_reduced(small, DecodeRules(min_image_side=12), lambda width, height: 8)[0].size == (2, 2)
+    assert decode_downscaled(small, DecodeRules(min_image_side=12), lambda width, height: 8)[0].size == (2, 2)
     for rules in (DecodeRules(min_image_side=13), DecodeRules(max_image_pixels=191)):
         with pytest.raises(BadImage, match="16x12"):
-            decode_reduced(small, rules, lambda width, height: 8)
+            decode_downscaled(small, rules, lambda width, height: 8)
 
 
 def outcome(data: bytes, by: int) -> str:
     try:
-        decode_reduced(data, RULES, lambda width, height: by)
+        decode_downscaled(data, RULES, lambda width, height: by)
         return "decodes"
     except BadImage as error:
         return error.reason

@@ -133,7 +133,7 @@ print(model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape)
 
 
 def test_a_plan_knows_it(backbone: Path, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from vit_dist.verbs import plan
+    from vit_dist.commands import plan
 
     code = plan.main(["--data", str(photos), "--model", str(backbone), "--gpus", "2", "--gpu", "h100"])
     shown = capfd.readouterr().out

@@ -23,13 +23,13 @@ from lab import fork
 from torch.multiprocessing import ProcessExitedException
 
 from vit_dist import distributed
+from vit_dist.commands import checks, doctor
+from vit_dist.commands.checks import Job, Process, Result
+from vit_dist.commands.doctor import merged
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
 from vit_dist.launch import start
 from vit_dist.launch.gpus import Gpus
-from vit_dist.verbs import checks, doctor
-from vit_dist.verbs.checks import Job, Process, Result
-from vit_dist.verbs.doctor import merged
 
 CHECKS = [
     "launch", "strategy", "precision", "versions", "code", "model", "data", "/dev/shm", "open files", "cores", "disk",
@@ -55,7 +55,7 @@ def healthy(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     begun = time.monotonic()
     done = run(
         "--data", photos, "--model", checkpoint, "--output_dir", root / "runs" / "one", "--report_to", "none",
-        "--dataloader_num_workers", 1, launcher="torchrun", processes=2, module="vit_dist.verbs.doctor",
+        "--dataloader_num_workers", 1, launcher="torchrun", processes=2, module="vit_dist.commands.doctor",
     )  # fmt: skip
     sys.stdout.write(f"doctor on two processes: {time.monotonic() - begun:.1f} s\n")
     return root, done.stdout
@@ -94,7 +94,7 @@ def test_doctor_without_network_names_what_is_missing_with_its_ranks(tmp_path: P
     (tmp_path / "file").write_text("")
     done = fork(
         "--data", "someone/flowers", "--model", "someone/vit", "--output_dir", tmp_path / "file" / "run",
-        processes=2, module="vit_dist.verbs.doctor", expect=1, HF_HUB_OFFLINE="1",
+        processes=2, module="vit_dist.commands.doctor", expect=1, HF_HUB_OFFLINE="1",
     )  # fmt: skip
     found = lines(done.stdout)
     assert list(found) == CHECKS, done.stdout
@@ -168,8 +168,10 @@ def test_doctor_help_is_short_and_refers_to_train(capsys: pytest.CaptureFixture[
 
 
 def test_doctor_on_several_gpus_starts_a_process_each() -> None:
-    launch = start.of_this_machine("vit_dist.verbs.doctor", ["cifar10"], Gpus(4))
-    assert launch is not None and launch.command[-2:] == ["vit_dist.verbs.doctor", "cifar10"] and "4" in launch.command
+    launch = start.of_this_machine("vit_dist.commands.doctor", ["cifar10"], Gpus(4))
+    assert (
+        launch is not None and launch.command[-2:] == ["vit_dist.commands.doctor", "cifar10"] and "4" in launch.command
+    )
 
 
 def ill(rank: int, world_size: int, root: str) -> None:

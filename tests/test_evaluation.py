@@ -24,7 +24,7 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
     from vit_dist.config import load_config
     from vit_dist.data.dataset import ImageDataset
     from vit_dist.data.pipeline import build_data
-    from vit_dist.distributed import Channel
+    from vit_dist.distributed import GlooGroup
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
     from vit_dist.run.results import predict
@@ -39,7 +39,7 @@ def evaluate(rank: int, world_size: int, checkpoint: str, photos: str, out: str)
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     model = build_model(config.model, data.classes, data.input_size, seed=0).model
     metrics = ClassificationMetrics(data.classes)
-    trainer = build_trainer(config, args, data, model, metrics, CheckpointWriter(config, Channel(), rank))
+    trainer = build_trainer(config, args, data, model, metrics, CheckpointWriter(config, GlooGroup(), rank))
     gathers: list[int] = []
     gather = trainer.accelerator.gather
     trainer.accelerator.gather = lambda rows: gathers.append(len(rows)) or gather(rows)  # type: ignore[method-assign, func-returns-value]

@@ -126,7 +126,7 @@ def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out:
     from vit_dist.config import load_config
     from vit_dist.data.dataset import ImageDataset
     from vit_dist.data.pipeline import build_data
-    from vit_dist.distributed import Channel
+    from vit_dist.distributed import GlooGroup
     from vit_dist.metrics import ClassificationMetrics
     from vit_dist.model import build_model
     from vit_dist.trainer import build_trainer
@@ -144,7 +144,7 @@ def one_nan_image(rank: int, world_size: int, checkpoint: str, photos: str, out:
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     model = build_model(config.model, data.classes, data.input_size, seed=0).model
     trainer = build_trainer(
-        config, args, data, model, ClassificationMetrics(data.classes), CheckpointWriter(config, Channel(), rank)
+        config, args, data, model, ClassificationMetrics(data.classes), CheckpointWriter(config, GlooGroup(), rank)
     )
     trainer.train_dataset = Poisoned(data.train.table, data.train.transform, data.train.rules)
     message = ""

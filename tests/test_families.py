@@ -25,7 +25,7 @@ from transformers import AutoModelForImageClassification
 
 from vit_dist.data.transforms import input_size, load_processor
 from vit_dist.errors import UserError
-from vit_dist.model import BuiltModel, build_model, reload_strictly, sized_by_classes, skeleton
+from vit_dist.model import BuiltModel, build_model, meta_model, reload_strictly, sized_by_classes
 from vit_dist.options import ModelOptions
 
 NAMES = ["ant", "bee"]
@@ -235,7 +235,7 @@ def test_another_image_size_trains_plans_and_reloads(family: str, tmp_path: Path
     options.image_size = 64
     model = built(options).model
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    assert {name: value.shape for name, value in skeleton(options, NAMES, 64).state_dict().items()} == shapes
+    assert {name: value.shape for name, value in meta_model(options, NAMES, 64).state_dict().items()} == shapes
     model.save_pretrained(tmp_path / "best")
     other = built(options, seed=1).model
     reload_strictly(other, tmp_path / "best")

@@ -26,8 +26,8 @@ from lab import ForkServer, fork
 from test_source import hub_table
 
 from vit_dist import bundle
+from vit_dist.commands.fetch import fetch, verify
 from vit_dist.errors import UserError
-from vit_dist.verbs.fetch import fetch, verify
 
 ARGS = ["--data", "lab/photos", "--model", "lab/vit", "--metrics", "mine"]
 SHORT = ["--max_steps", 4, "--global_batch_size", 8, "--logging_steps", 1, "--dataloader_num_workers", 1]

@@ -16,7 +16,7 @@ from test_run_folder import FACTS, complete, save_checkpoint
 from vit_dist import distributed
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
-from vit_dist.run import attempts, folder_choice, owner
+from vit_dist.run import attempts, folder_choice, lock
 from vit_dist.run.folder_choice import choose
 
 
@@ -157,11 +157,11 @@ def test_commands_started_together_get_a_folder_each() -> None:
     start.set()
     found = dict(chosen.get(timeout=60) for _ in seeds)
     with pytest.raises(UserError, match="in use by process"):
-        folder_choice.PATIENCE, before = 0.5, folder_choice.PATIENCE
+        folder_choice.LOCK_TIMEOUT, before = 0.5, folder_choice.LOCK_TIMEOUT
         try:
             settle("--seed", next(seed for seed, name in found.items() if name == "digits"))
         finally:
-            folder_choice.PATIENCE = before
+            folder_choice.LOCK_TIMEOUT = before
     leave.set()
     for process in processes:
         process.join(60)
@@ -174,7 +174,7 @@ def test_owner_that_has_not_yet_written_its_settings_is_waited_for(tmp_path: Pat
     folder.mkdir(parents=True)
     fork = multiprocessing.get_context("fork")
     locked, leave = fork.Event(), fork.Event()
-    other = fork.Process(target=_lock_then_write, args=(folder / owner.LOCK, locked, leave), daemon=True)
+    other = fork.Process(target=_lock_then_write, args=(folder / lock.LOCK, locked, leave), daemon=True)
     other.start()
     assert locked.wait(60)
     assert settle("--seed", "7").output_dir.name == "digits-2"
@@ -182,8 +182,8 @@ def test_owner_that_has_not_yet_written_its_settings_is_waited_for(tmp_path: Pat
     other.join(60)
 
 
-def _lock_then_write(lock: Path, locked: Any, leave: Any) -> None:
-    with lock.open("w") as file:
+def _lock_then_write(path: Path, locked: Any, leave: Any) -> None:
+    with path.open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         locked.set()
         time.sleep(1)

@@ -485,7 +485,7 @@ def test_sizes_are_sampled_over_the_classes(load, tmp_path):
 def test_doctor_shows_classes_and_sizes(tmp_path):
     from types import SimpleNamespace
 
-    from vit_dist.verbs.checks import check_data
+    from vit_dist.commands.checks import check_data
 
     data = options(image_folder(tmp_path / "data", {"cat": 13, "dog": 15}), tmp_path / "cache")
     config = SimpleNamespace(data=data, model=ModelOptions(model="tiny"), data_seed=0)

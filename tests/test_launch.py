@@ -117,7 +117,7 @@ def test_verb_recipe_and_words_with_spaces_reach_the_module(scripts: Scripts, li
     words = ["my recipe.yaml", "--run_name", "it's 2 words; $HOME *", "--empty", ""]
     assert scripts.command(line, *words, gpus=2)[-7:] == ["-m", "vit_dist.train", *words]
     assert scripts.command(line, "train", *words, gpus=2)[-7:] == ["-m", "vit_dist.train", *words]
-    assert scripts.command(line, "doctor", *words, gpus=2)[-7:] == ["-m", "vit_dist.verbs.doctor", *words]
+    assert scripts.command(line, "doctor", *words, gpus=2)[-7:] == ["-m", "vit_dist.commands.doctor", *words]
 
 
 def test_dry_run_prints_a_command_that_can_be_pasted(scripts: Scripts) -> None:
@@ -319,7 +319,7 @@ def test_missing_package_is_refused_first(scripts: Scripts, package: str, line: 
 def test_busy_port_is_refused_on_the_node_that_listens(scripts: Scripts) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.listen()
+        listener.install_handlers()
         port = str(listener.getsockname()[1])
         for line in ("torchrun", "accelerate ddp"):
             for env in ({}, {"NODE_RANK": "0", **TWO_NODES}):

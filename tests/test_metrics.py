@@ -18,7 +18,7 @@ import torch
 from vit_dist import metrics
 from vit_dist.errors import UserError
 from vit_dist.metrics import ClassificationMetrics
-from vit_dist.metrics.outcomes import Outcomes, judge, judged
+from vit_dist.metrics.outcomes import SampleMetrics, sample_metrics, sample_rows
 
 SIZES = [1, 7, 37, 41, 101]
 
@@ -46,7 +46,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, **options: object) -> dict[s
     measured = ClassificationMetrics(names(logits.shape[1]), **options)  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return measured(judge(logits, labels))
+        return measured(sample_metrics(logits, labels))
 
 
 def sample(size: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +135,7 @@ def test_top5_is_never_below_accuracy() -> None:
     for _ in range(50):
         logits = rng.integers(0, 3, (41, 8)).astype(np.float32)  # ties everywhere
         logits[rng.random(logits.shape) < 0.1] = np.nan
-        result = metric(judge(logits, rng.integers(0, 8, 41)))
+        result = metric(sample_metrics(logits, rng.integers(0, 8, 41)))
         assert result["accuracy"] <= result["top5_accuracy"]
         assert np.isnan(result["loss"])
 
@@ -163,13 +163,16 @@ def test_results_are_plain_numbers() -> None:
 
 def test_images_count_once_in_the_metrics() -> None:
     logits, labels = sample(7, 3)
-    rows = judged(torch.from_numpy(logits), torch.from_numpy(labels), torch.arange(7)).numpy()
-    shuffled, whole = Outcomes.of(rows[[3, 1, 6, 0, 2, 5, 4, 0, 1]], 7), judge(logits, labels)  # two fill up a batch
+    rows = sample_rows(torch.from_numpy(logits), torch.from_numpy(labels), torch.arange(7)).numpy()
+    shuffled, whole = (
+        SampleMetrics.of(rows[[3, 1, 6, 0, 2, 5, 4, 0, 1]], 7),
+        sample_metrics(logits, labels),
+    )  # two fill up a batch
     for name in ("labels", "predicted", "places", "losses"):
         assert getattr(shuffled, name).tobytes() == getattr(whole, name).tobytes()
     for wrong in (rows[:6], rows[1:], rows[[0, 1, 2, 3, 4, 5, 5]]):
         with pytest.raises(RuntimeError, match="did not see every image once"):
-            Outcomes.of(wrong, 7)
+            SampleMetrics.of(wrong, 7)
 
 
 def test_random_state_is_left_alone() -> None:
@@ -187,7 +190,7 @@ def test_extras(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logits, labels = sample(37, 3)
     metric = ClassificationMetrics(names(3), extra=[plain, same, f"{average}/average.py"])
     with caplog.at_level(logging.WARNING, "vit_dist"):
-        results = [metric(judge(logits, labels)) for _ in range(2)]
+        results = [metric(sample_metrics(logits, labels)) for _ in range(2)]
     assert results[0] == results[1]
     ours = measure(logits, labels)
     extras = {"agree": 37 * ours["accuracy"], "same_accuracy": 0.125, "same_agree": 1, "macro": 1}
@@ -240,11 +243,11 @@ socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 import evaluate
 import numpy as np
 from vit_dist.metrics import ClassificationMetrics
-from vit_dist.metrics.outcomes import judge
+from vit_dist.metrics.outcomes import sample_metrics
 
 def check():
     metric = ClassificationMetrics(["a", "b"])
-    result = metric(judge(np.eye(2), np.array([0, 1])))
+    result = metric(sample_metrics(np.eye(2), np.array([0, 1])))
     assert result["accuracy"] == 1 and metric.per_class([0, 1], [0, 1])[1]["support"] == 1
 
 for _ in range(3):
@@ -290,5 +293,5 @@ def test_ten_thousand_samples_of_a_thousand_classes_take_seconds() -> None:
     logits, labels = sample(10_000, 1_000)
     metric = ClassificationMetrics(names(1_000))
     start = time.process_time()
-    metric(judge(logits, labels))
+    metric(sample_metrics(logits, labels))
     assert time.process_time() - start < 2

@@ -147,7 +147,7 @@ def test_a_share_of_warm_up_steps_reaches_schedule_free_optimizers_as_steps(
     monkeypatch.setattr(trainer_optimizer, "is_schedulefree_available", lambda *version: True)
     from vit_dist import build, strategy
     from vit_dist.checkpoint.writer import CheckpointWriter
-    from vit_dist.distributed import Channel
+    from vit_dist.distributed import GlooGroup
 
     config = load_config(
         ["--data", str(photos), "--model", "tiny", "--optim", "schedule_free_adamw", "--warmup_steps", "0.1",
@@ -155,7 +155,7 @@ def test_a_share_of_warm_up_steps_reaches_schedule_free_optimizers_as_steps(
     )  # fmt: skip
     batch = split_batch(config, 1)
     args = build_arguments(config, batch)
-    build.build(config, args, batch, strategy.prepare(args), CheckpointWriter(config, Channel()))
+    build.build(config, args, batch, strategy.prepare(args), CheckpointWriter(config, GlooGroup()))
     assert told == {"warmup_steps": 6}
 
 
@@ -196,7 +196,7 @@ def test_tiny_has_the_same_curve_on_one_and_two_processes(lab: Lab) -> None:
 def test_a_model_with_dropout_is_announced_on_two_processes_and_in_their_plan(
     lab: Lab, photos: Path, dropout_checkpoint: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from vit_dist.verbs import plan
+    from vit_dist.commands import plan
 
     warning = differing_draws("dropout 0.1")
     flags = ["--model", str(dropout_checkpoint), "--max_steps", "1"]
@@ -208,7 +208,7 @@ def test_a_model_with_dropout_is_announced_on_two_processes_and_in_their_plan(
 
 
 def test_an_image_size_far_above_the_images_own_is_announced(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from vit_dist.verbs import plan
+    from vit_dist.commands import plan
 
     for size, shown in (("96", True), ("64", False)):
         plan.main(["--data", str(photos), "--model", "tiny", "--image_size", size, "--gpu", "h100"])

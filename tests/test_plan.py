@@ -18,10 +18,10 @@ from lab import fork
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
+from vit_dist.commands import plan
+from vit_dist.commands.cluster_spec import is_named
 from vit_dist.cost import memory, traffic
-from vit_dist.strategy import mark_blocks
-from vit_dist.verbs import plan
-from vit_dist.verbs.machines import is_named
+from vit_dist.strategy import set_fsdp_wrap_policy
 
 
 def planned(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def test_gradients_are_whole_between_micro_batches(strategy: str) -> None:
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_bf16() -> None:
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig())
-    mark_blocks(model)
+    set_fsdp_wrap_policy(model)
     fp32, bf16 = (memory.activations(model, 224, precision, False) for precision in ("fp32", "bf16"))
     light = memory.activations(model, 224, "bf16", True)
     assert fp32.of(64) == fp32.fixed + 64 * fp32.per_image
@@ -202,7 +202,7 @@ def test_images_that_stay_on_the_gpu_take_memory(
 @pytest.mark.launch
 def test_plan_starts_no_processes_and_touches_no_gpu(tmp_path: Path) -> None:
     script = (
-        "import sys, torch\nfrom vit_dist.verbs import plan\n"
+        "import sys, torch\nfrom vit_dist.commands import plan\n"
         "code = plan.main(['digits', '--gpus', '4', '--gpu', 'h100', '--output_dir', sys.argv[1]])\n"
         "assert code == 0 and not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
     )

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from test_run_folder import FACTS
 
+from vit_dist.commands import plan
 from vit_dist.config import load_config
 from vit_dist.run import attempts, run_folder
-from vit_dist.verbs import plan
 
 HERE = ["--data", "digits", "--model", "tiny", "--report_to", "none"]
 

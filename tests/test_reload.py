@@ -13,12 +13,12 @@ from accelerate.utils import DistributedDataParallelKwargs
 from test_model import FAMILIES
 from transformers import Trainer, TrainingArguments
 
-from vit_dist.checkpoint.snapshot import Host, Snapshot, plain
+from vit_dist.checkpoint.snapshot import PinnedStager, Snapshot, plain
 from vit_dist.checkpoint.store import named
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import load_config
 from vit_dist.data.sampler import GlobalBatchSampler
-from vit_dist.distributed import Channel
+from vit_dist.distributed import GlooGroup
 from vit_dist.metrics import ClassificationMetrics
 from vit_dist.trainer import ExactTrainer
 
@@ -42,7 +42,7 @@ def overwrite(model: torch.nn.Module) -> None:
 
 def exact_trainer(model: Any, folder: Path) -> ExactTrainer:
     batches = GlobalBatchSampler(4, per_device_batch=2, gradient_accumulation=1, world_size=1, rank=0, seed=0)
-    writer = CheckpointWriter(load_config(["--output_dir", str(folder)]), Channel())
+    writer = CheckpointWriter(load_config(["--output_dir", str(folder)]), GlooGroup())
     metrics = ClassificationMetrics(["a", "b"])
     return ExactTrainer(batches=batches, model=model, args=arguments(folder), metrics=metrics, writer=writer)
 
@@ -50,7 +50,7 @@ def exact_trainer(model: Any, folder: Path) -> ExactTrainer:
 def save(trainer: ExactTrainer, model: Any, step: int) -> Path:
     """A checkpoint of the model, as the trainer commits it."""
     processor = SimpleNamespace(save_pretrained=lambda folder: None)
-    parts = plain(Host(torch.device("cpu")), model, processor, torch.optim.SGD(model.parameters()))
+    parts = plain(PinnedStager(torch.device("cpu")), model, processor, torch.optim.SGD(model.parameters()))
     trainer.writer.submit(Snapshot(step, None, {"layout": "plain"}, parts))
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     overwrite(model)  # while it is being written

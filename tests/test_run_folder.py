@@ -35,7 +35,7 @@ def begin(folder: Path, *flags: str, **facts: Any) -> attempts.Attempt:
     settings = config(folder, *flags)
     attempt = inspect(settings)
     if attempt.replaces:
-        attempts.move_aside(settings, attempt)
+        attempts.archive_run(settings, attempt)
     attempts.open_attempt(settings, attempt, ["a", "b"], {**FACTS, **facts})
     return attempt
 
@@ -173,7 +173,7 @@ def test_finished_run_has_nothing_to_do_and_fresh_moves_it_aside(tmp_path: Path)
     assert said is not None and "test accuracy 0.2500" in said and f"{folder}.previous" in said
     replacing = inspect(config(folder, "--fresh", "--seed", "7"))
     assert (folder / "all_results.json").exists(), "moved when the new run begins, not before its data is read"
-    attempts.move_aside(config(folder, "--fresh", "--seed", "7"), replacing)
+    attempts.archive_run(config(folder, "--fresh", "--seed", "7"), replacing)
     attempts.open_attempt(config(folder, "--fresh", "--seed", "7"), replacing, ["a", "b"], FACTS)
     assert json.loads((tmp_path / "run.previous/all_results.json").read_text())["test_accuracy"] == 0.25
     assert not (folder / "all_results.json").exists() and "test accuracy 0.2500" in replacing.notes[0]
@@ -215,10 +215,10 @@ def test_output_dir_that_is_a_file_or_no_run_is_refused(tmp_path: Path) -> None:
 def test_failure_record_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOUD_API_KEY", "c0ffee-c0ffee")
     begin(tmp_path / "run")
-    whereabouts = lambda: {"step": 3, "committed": 2, "last_images": ["7 (cat/7.png)"]}  # noqa: E731
+    failure_context = lambda: {"step": 3, "committed": 2, "last_images": ["7 (cat/7.png)"]}  # noqa: E731
     with (
         pytest.raises(ZeroDivisionError),
-        failure.recorded(tmp_path / "run", attempts.Attempt(number=4), whereabouts),
+        failure.recorded(tmp_path / "run", attempts.Attempt(number=4), failure_context),
     ):
         raise ZeroDivisionError("by zero at https://me:hunter2@host/ with c0ffee-c0ffee and hf_abcdefgh123")
     status = json.loads((tmp_path / "run/status.json").read_text())

@@ -17,8 +17,8 @@ from vit_dist.data.split import (
     classes_hash,
     classes_without_images,
     encode_labels,
-    hold_out,
     limit,
+    stratified_split,
     table_fingerprint,
 )
 from vit_dist.errors import UserError
@@ -115,43 +115,43 @@ def test_split_without_labels_is_refused(labels):
 
 def test_hold_out_is_by_class_complete_and_the_same_every_time():
     labels = [0] * 100 + [1] * 40 + [2] * 7 + [3]
-    train, validation, digest = hold_out(table(labels), 0.15, seed=3)
+    train, validation, digest = stratified_split(table(labels), 0.15, seed=3)
     counts = np.bincount(validation["label"], minlength=4)
     assert counts.sum() == round(0.15 * 148)
     assert np.abs(counts - 0.15 * np.array([100, 40, 7, 1])).max() < 1
     assert counts[3] == 0
     assert sorted([*train["id"], *validation["id"]]) == sorted(f"rows#{row}" for row in range(148))
-    again = hold_out(table(labels), 0.15, seed=3)
+    again = stratified_split(table(labels), 0.15, seed=3)
     assert list(again[1]["id"]) == list(validation["id"]) and again[2] == digest
-    assert hold_out(table(labels), 0.15, seed=4)[2] != digest
+    assert stratified_split(table(labels), 0.15, seed=4)[2] != digest
     rows = [int(id.split("#")[1]) for id in train["id"]]
     assert rows == sorted(rows)
 
 
 def test_hold_out_does_not_change_from_release_to_release():
-    _, validation, digest = hold_out(table([0, 1] * 10), 0.2, seed=0)
+    _, validation, digest = stratified_split(table([0, 1] * 10), 0.2, seed=0)
     assert list(validation["id"]) == ["rows#3", "rows#10", "rows#13", "rows#18"]
     assert digest.startswith("9410138796743594")
 
 
 def test_small_classes_share_what_is_held_out():
-    train, validation, _ = hold_out(table([c for c in range(20) for _ in range(3)]), 0.15, seed=0)
+    train, validation, _ = stratified_split(table([c for c in range(20) for _ in range(3)]), 0.15, seed=0)
     assert len(validation) == 9 and np.bincount(validation["label"]).max() == 1
     assert np.bincount(train["label"]).min() >= 2
 
 
 def test_split_leaves_every_class_an_image_to_train_on():
-    train, validation, _ = hold_out(table([0, 0, 1, 1, 2]), 0.9, seed=0)
+    train, validation, _ = stratified_split(table([0, 0, 1, 1, 2]), 0.9, seed=0)
     assert sorted(train["label"]) == [0, 1, 2] and sorted(validation["label"]) == [0, 1]
 
 
 def test_split_without_images_to_hold_out_is_refused():
     for labels, fraction in (([0, 1, 2], 0.5), ([0, 0, 1], 0.1)):
         with pytest.raises(UserError, match="--train_val_split"):
-            hold_out(table(labels), fraction, seed=0)
+            stratified_split(table(labels), fraction, seed=0)
     for fraction in (0.0, 1.0, -1.0):
         with pytest.raises(UserError, match="between 0 and 1"):
-            hold_out(table([0, 1] * 9), fraction, seed=0)
+            stratified_split(table([0, 1] * 9), fraction, seed=0)
 
 
 def test_limit_draws_by_class_and_keeps_the_order():
@@ -211,11 +211,12 @@ def test_hash_of_classes_changes_with_their_order():
 def test_another_process_holds_out_the_same_images(tmp_path):
     root = image_folder(tmp_path / "data", {"cat": 20, "dog": 12})
     code = (
-        "from vit_dist.data.source import load_source; from vit_dist.data.split import hold_out, table_fingerprint\n"
+        "from vit_dist.data.source import load_source\n"
+        "from vit_dist.data.split import stratified_split, table_fingerprint\n"
         "rows = load_source(options).tables['train']\n"
-        "print(hold_out(rows, 0.2, 7)[2], table_fingerprint(rows))"
+        "print(stratified_split(rows, 0.2, 7)[2], table_fingerprint(rows))"
     )
     process = run_python(code, data_options=options(root, tmp_path / "other_cache"), env={"PYTHONHASHSEED": "123"})
     output, errors = process.communicate(timeout=60)
     rows = load_source(options(root, tmp_path / "cache")).tables["train"]
-    assert output.split() == [hold_out(rows, 0.2, 7)[2], table_fingerprint(rows)], errors
+    assert output.split() == [stratified_split(rows, 0.2, 7)[2], table_fingerprint(rows)], errors

@@ -28,14 +28,14 @@ from observed_train import observe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from vit_dist.checkpoint.load import layout, obstacle
-from vit_dist.checkpoint.store import checkpoints, damage
+from vit_dist.checkpoint.load import layout, resume_incompatibility
+from vit_dist.checkpoint.store import checkpoints, integrity_error
 from vit_dist.config import load_config
 from vit_dist.cost import memory
 from vit_dist.data.pipeline import build_data
 from vit_dist.metrics import ClassificationMetrics
-from vit_dist.metrics.outcomes import judge
-from vit_dist.strategy import mark_blocks
+from vit_dist.metrics.outcomes import sample_metrics
+from vit_dist.strategy import set_fsdp_wrap_policy
 
 TESTS = Path(__file__).parent
 STEPS = 20
@@ -164,7 +164,7 @@ def test_export_of_a_strategy_has_the_same_metrics_in_one_process(lab: Lab, stra
         with torch.no_grad():
             logits = model(batch["pixel_values"]).logits.numpy()
         labels = batch["labels"].numpy()
-        own = ClassificationMetrics(data.classes)(judge(logits, labels))
+        own = ClassificationMetrics(data.classes)(sample_metrics(logits, labels))
         for key, value in own.items():
             assert results(folder)[f"{name}_{key}"] == pytest.approx(value, abs=1e-6), key
 
@@ -213,14 +213,14 @@ def test_zero_checkpoint_resumed_by_ddp_is_refused_and_kept(lab: Lab) -> None:
 
 def test_checkpoint_that_cannot_be_resumed_is_refused_with_the_fix(lab: Lab) -> None:
     zero2, zero3, ddp, fsdp2 = (lab.whole(name) / "checkpoint-10" for name in ("zero2", "zero3", "ddp", "fsdp2"))
-    assert "written by zero1 or zero2 on 2 processes, and ddp" in (obstacle(zero2, "ddp", 2) or "")
-    assert "use zero3 or zero3_offload again" in (obstacle(zero3, "zero2", 2) or "")
-    assert "not written by DeepSpeed" in (obstacle(ddp, "zero2", 2) or "")
-    assert "cannot spread it over 4; start 2 processes" in (obstacle(zero2, "zero1", 4) or "")
+    assert "written by zero1 or zero2 on 2 processes, and ddp" in (resume_incompatibility(zero2, "ddp", 2) or "")
+    assert "use zero3 or zero3_offload again" in (resume_incompatibility(zero3, "zero2", 2) or "")
+    assert "not written by DeepSpeed" in (resume_incompatibility(ddp, "zero2", 2) or "")
+    assert "cannot spread it over 4; start 2 processes" in (resume_incompatibility(zero2, "zero1", 4) or "")
     for checkpoint, strategy, world_size in (
         (zero2, "zero1", 2), (zero3, "zero3_offload", 2), (ddp, "hsdp", 8), (fsdp2, "single", 1), (fsdp2, "ddp", 3),
     ):  # fmt: skip
-        assert obstacle(checkpoint, strategy, world_size) is None
+        assert resume_incompatibility(checkpoint, strategy, world_size) is None
 
 
 @pytest.mark.parametrize(
@@ -239,12 +239,12 @@ def test_checkpoint_with_a_missing_or_truncated_share_is_damaged(
 ) -> None:
     checkpoint = tmp_path / "checkpoint-10"
     shutil.copytree(lab.whole(strategy) / "checkpoint-10", checkpoint)
-    assert damage(checkpoint) is None
+    assert integrity_error(checkpoint) is None
     if file != "latest":
         os.truncate(checkpoint / file, (checkpoint / file).stat().st_size // 2)
-        assert damage(checkpoint), "cut short"
+        assert integrity_error(checkpoint), "cut short"
     (checkpoint / file).unlink()
-    assert damage(checkpoint), "missing"
+    assert integrity_error(checkpoint), "missing"
 
 
 def test_deepspeed_file_that_contradicts_the_settings_is_refused(lab: Lab) -> None:
@@ -265,7 +265,7 @@ def test_memory_estimate_equals_the_bytes_of_a_rank(lab: Lab, strategy: str) -> 
     config = ViTConfig.from_pretrained(lab.whole(strategy) / "best")
     with torch.device("meta"):
         model = ViTForImageClassification(config)
-    mark_blocks(model)
+    set_fsdp_wrap_policy(model)
     shards = 1 if strategy == "ddp" else 2
     expected = memory.state(
         strategy, memory.Tensors.of(model), shards=shards, precision="fp32", optim="adamw_torch_fused"
@@ -323,7 +323,9 @@ def test_rank_killed_in_a_save_of_shares_leaves_the_checkpoint_before(lab: Lab, 
     folder = lab.root / f"{strategy}_half_saved"
     args = ["--per_device_train_batch_size", 4, "--global_batch_size", 8]
     lab.fork(folder.name, strategy, *args, fault="after_write:1:2:kill9", expect=None)
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-10"] and damage(folder / "checkpoint-10") is None
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-10"] and integrity_error(
+        folder / "checkpoint-10"
+    ) is None
     assert "from checkpoint-10" in lab.fork(folder.name, strategy, *args).output
     whole = lab.whole(strategy)
     assert (whole / "best/model.safetensors").read_bytes() == (folder / "best/model.safetensors").read_bytes()

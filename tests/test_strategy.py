@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vit_dist.errors import UserError
-from vit_dist.strategy import mark_blocks, prepare
+from vit_dist.strategy import prepare, set_fsdp_wrap_policy
 
 FSDP = {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -103,6 +103,6 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 def test_fsdp_wraps_the_blocks_that_repeat(kind: Any, config: Any, blocks: set[str]) -> None:
     with torch.device("meta"):
         model = kind(config)
-    mark_blocks(model)
+    set_fsdp_wrap_policy(model)
     assert model._no_split_modules == blocks
     model.get_input_embeddings()  # Accelerate's FSDP2 asks every model for it

@@ -16,8 +16,8 @@ from conftest import results
 from lab import fork
 
 from vit_dist import cli
+from vit_dist.commands import sweep
 from vit_dist.errors import UserError
-from vit_dist.verbs import sweep
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -71,7 +71,9 @@ def test_flags_are_for_all_members_and_win(write: Write) -> None:
 
 def test_sweep_member_arguments_are_printed_without_torch(write: Write) -> None:
     path = write("recipe: my recipe.yaml\nname: a name\ngrid: {seed: [1, 2]}\n")
-    code = "import sys; from vit_dist.verbs.sweep import main; main(); assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = (
+        "import sys; from vit_dist.commands.sweep import main; main(); assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
 
     def printed(*words: str) -> str:
         command = [sys.executable, "-c", code, str(path), *words]

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from test_wandb import FakeApi, FakeApiHandler, callback, clean_environment, go_online, train
 
-from vit_dist.verbs import sync
+from vit_dist.commands import sync
 
 __all__ = ["clean_environment"]  # a fixture for all tests of this module
 OWNER = """
 import sys
 from pathlib import Path
-from vit_dist.run.owner import owned
-with owned(Path(sys.argv[1])):
+from vit_dist.run.lock import run_lock
+with run_lock(Path(sys.argv[1])):
     print(1, flush=True)
     input()
 """

@@ -19,7 +19,7 @@ import pytest
 from image_fixtures import options, png
 
 from vit_dist.data.source import Source, load_source
-from vit_dist.data.split import class_list, encode_labels, hold_out, table_fingerprint
+from vit_dist.data.split import class_list, encode_labels, stratified_split, table_fingerprint
 from vit_dist.errors import UserError
 
 PATHS = [f"img/{number}.png" for number in range(24)]
@@ -98,7 +98,7 @@ def test_ids_fingerprints_and_held_out_rows_of_ordinary_tables_are_those_of_earl
         table = source.tables["train"]
         assert list(table["id"]) == [f"{name}#{row}" for row in range(24)]
         table = encode_labels(table, class_list(table, source.names), "train")
-        prints[name] = table_fingerprint(table)[:12], hold_out(table, 0.25, 3)[2][:12]
+        prints[name] = table_fingerprint(table)[:12], stratified_split(table, 0.25, 3)[2][:12]
     assert prints == GOLDEN
 
 

@@ -163,24 +163,24 @@ def _train_copy(
     Gradients are kept in between: they are there during the forward when they are accumulated, and with DDP always, in
     its buckets. So are the optimizer's moments in the second step.
     """
-    twin: Any = copy.deepcopy(model).train()
-    twin.to(args.device)
-    blocks.speed_up(twin, None, Compilation(False, ""), config.model.bf16_residual, args.device)
+    model_copy: Any = copy.deepcopy(model).train()
+    model_copy.to(args.device)
+    blocks.optimize_model(model_copy, None, Compilation(False, ""), config.model.bf16_residual, args.device)
     if args.gradient_checkpointing:  # transformers 5.23 has another name for it; this one has the same value
         given: Any = args.gradient_checkpointing_kwargs
         kwargs = dict(given or {})
         further = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
-        twin.gradient_checkpointing_enable(kwargs or None, **further)
-    steps = _optimizer(args, twin) if optimizer else None
+        model_copy.gradient_checkpointing_enable(kwargs or None, **further)
+    steps = _optimizer(args, model_copy) if optimizer else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     pixels = torch.randn(images, 3, side, side, device=args.device)
     labels = torch.zeros(images, dtype=torch.int64, device=args.device)
     for _ in range(2):
         with torch.autocast(args.device.type, dtype, enabled=dtype is not None):
-            logits = twin(pixel_values=pixels).logits
+            logits = model_copy(pixel_values=pixels).logits
         F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing_factor).backward()
         if steps is not None:
-            torch.nn.utils.clip_grad_norm_(twin.parameters(), args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(model_copy.parameters(), args.max_grad_norm)
             steps.step()
 
 

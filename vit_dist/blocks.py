@@ -71,12 +71,16 @@ def repeated_blocks(model: PreTrainedModel) -> list[list[nn.Module]]:
     ]
 
 
-def speed_up(
-    model: PreTrainedModel, pixels: Pixels | None, compilation: Compilation, narrow_residual: bool, device: torch.device
+def optimize_model(
+    model: PreTrainedModel,
+    pixels: Pixels | None,
+    compilation: Compilation,
+    use_bf16_residual: bool,
+    device: torch.device,
 ) -> None:
     """All of it, on the model that is about to be trained on `device`: rewritten, then compiled."""
     class_token_only(model)
-    if narrow_residual:
+    if use_bf16_residual:
         bf16_residual(model)
     if device.type == "cuda":
         patches_by_matmul(model, compilation.how if compilation.on else None)

@@ -46,10 +46,10 @@ def build(
     asked: str,
     writer: CheckpointWriter,
     kept: int | None = None,
-    begun_with: str | None = None,
+    resumed_image_source: str | None = None,
 ) -> Built:
     """Every rank, with the same settings; nothing is written yet. `asked` is the strategy; a run that goes on has
-    `begun_with` an image source.
+    `resumed_image_source` an image source.
 
     `batch` is split anew if the micro-batch is to be found, and `args` are made again for it; `kept`: see `find_batch`.
     Raises UserError for what is wrong with data, model or training arguments.
@@ -57,11 +57,11 @@ def build(
     compilation = blocks.choose_compilation(config.training, asked, args.device)
     data = build_data(config.data, config.model, config.data_seed, console.progress)
     distributed.agree({"data": data.record["fingerprint"]}, "do all nodes see the same files?")
-    data, pixels, source = _placed(config, args, data, batch.total, begun_with)
+    data, pixels, source = _placed(config, args, data, batch.total, resumed_image_source)
     model = build_model(config.model, data.classes, data.input_size, seed=args.seed, cache_dir=config.data.cache_dir)
     metrics = ClassificationMetrics(data.classes, config.run.metrics)
     require_metric(config.training["metric_for_best_model"], metrics)
-    strategy.mark_blocks(model.model)
+    strategy.set_fsdp_wrap_policy(model.model)
     if config.finds_batch:
         batch = find_batch(config, args, batch, asked, model.model, data.input_size, kept)
         args = build_arguments(config, batch)  # DeepSpeed is told the micro-batch when they are made
@@ -80,7 +80,7 @@ def build(
             f"{args.dataloader_num_workers} data loading processes on {cores} cores: more of them slow each other"
         )
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # the same, each time it is made
-    blocks.speed_up(model.model, pixels, compilation, config.model.bf16_residual, args.device)
+    blocks.optimize_model(model.model, pixels, compilation, config.model.bf16_residual, args.device)
     trainer = build_trainer(config, args, data, model.model, metrics, writer, pixels, compilation.on)
     return Built(batch, data, model, metrics, trainer, compilation, source)
 
@@ -106,7 +106,7 @@ def _fit_shared_memory(config: Config, args: TrainingArguments, data: ImageData,
 
 
 def _placed(
-    config: Config, args: TrainingArguments, data: ImageData, images: int, begun_with: str | None
+    config: Config, args: TrainingArguments, data: ImageData, images: int, resumed_image_source: str | None
 ) -> tuple[ImageData, Pixels | None, str]:
     """`place_images`. A run that goes on has the source that it began with: pixels differ a little between them.
 
@@ -117,7 +117,7 @@ def _placed(
     try:
         return place_images(
             data,
-            begun_with if begun_with and asked == "auto" else asked,
+            resumed_image_source if resumed_image_source and asked == "auto" else asked,
             args.device,
             args.dataloader_num_workers,
             cache_dir=config.data.cache_dir,
@@ -125,9 +125,9 @@ def _placed(
             progress=partial(console.progress, doing="caching images"),
         )
     except UserError as error:
-        if not begun_with or asked != "auto":
+        if not resumed_image_source or asked != "auto":
             raise
         raise UserError(
-            f"the run began with image_source {begun_with}, which cannot be here: {error}. Another one makes slightly "
-            "other pixels; to go on with it all the same: --image_source stream --allow_change image_source"
+            f"this run uses image_source={resumed_image_source}, which this machine does not support: {error}. Another "
+            "source makes slightly other pixels; to go on with one: --image_source stream --allow_change image_source"
         ) from None

@@ -75,7 +75,7 @@ def check(config: Config) -> None:
     manifest = read(folder, cure)
     if absent := lacks(manifest, wanted):
         raise UserError(f"{VARIABLE}={folder} holds no {', no '.join(absent)}{cure}")
-    if damaged := damages(folder, manifest):
+    if damaged := integrity_errors(folder, manifest):
         raise UserError(f"{VARIABLE}={folder} is damaged: {damaged[0]}, {len(damaged)} in all{cure}")
 
 
@@ -137,7 +137,7 @@ def _described(wanted: Mapping[str, Any]) -> str:
     return f"{wanted['name']}{config}" + (f" at {wanted['revision']}" if wanted["revision"] else "")
 
 
-def damages(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def integrity_errors(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Files that are missing or have another size than in the manifest, in words."""
     found = []
     for name, facts in manifest["files"].items():

@@ -132,7 +132,7 @@ def gather(value: T, group: Any = None) -> list[T]:
     return values
 
 
-class Channel:
+class GlooGroup:
     """A process group of its own between the CPUs of all ranks, so that its collectives may run in another thread than
     training's. Making one is a collective; without a process group it talks to itself.
 
@@ -228,29 +228,32 @@ def check_launch(args: TrainingArguments, environ: Mapping[str, str] = os.enviro
         raise UserError("one process would drive several GPUs with nn.DataParallel; use `vit-dist train` or torchrun")
 
 
-def roll_call(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> tuple[list[list[str]], str]:
+def check_world(args: TrainingArguments, environ: Mapping[str, str] = os.environ) -> tuple[list[list[str]], str]:
     """Every rank's host, device and cores, as rows under a title, and a line about an all-reduce.
 
     All ranks participate, with a gather and the all-reduce of one number. Raises UserError on every rank if they are
     not on as many hosts as they were to be, or cannot add up numbers on their devices.
     """
     device = f"{args.device} {torch.cuda.get_device_name(args.device)}" if args.device.type == "cuda" else "cpu"
-    seats = gather((socket.gethostname(), device, cores(environ), os.getpid()))
-    hosts = {seat[0] for seat in seats}
+    rank_table = gather((socket.gethostname(), device, cores(environ), os.getpid()))
+    hosts = {seat[0] for seat in rank_table}
     told = integer("VIT_DIST_HOSTS", len(hosts), environ)  # checked before, see `check_environment`
     if told != len(hosts):
         raise UserError(
-            f"the job has {told} nodes, but its {len(seats)} processes run on {len(hosts)}: {', '.join(sorted(hosts))}"
+            f"the job has {told} nodes, but its {len(rank_table)} processes run on {len(hosts)}: "
+            f"{', '.join(sorted(hosts))}"
         )
     total = torch.tensor(float(args.process_index + 1), device=args.device)
     begun = time.monotonic()
     add_up(total)
-    sum_of_all, expected = total.item(), len(seats) * (len(seats) + 1) / 2
+    count = len(rank_table)
+    sum_of_all, expected = total.item(), count * (count + 1) / 2
     if sum_of_all != expected:
-        raise UserError(f"an all-reduce of 1 to {len(seats)} gave {sum_of_all:g}, not {expected:g}: vit-dist doctor")
-    summed = f"all-reduce of 1 to {len(seats)}: {sum_of_all:g}, in {(time.monotonic() - begun) * 1e3:.1f} ms"
+        raise UserError(f"an all-reduce of 1 to {count} gave {sum_of_all:g}, not {expected:g}: vit-dist doctor")
+    milliseconds = (time.monotonic() - begun) * 1e3
+    allreduce_report = f"all-reduce of 1 to {count}: {sum_of_all:g}, in {milliseconds:.1f} ms"
     title = ["rank", "host", "device", "cores", "process"]
-    return [title, *([str(rank), *map(str, seat)] for rank, seat in enumerate(seats))], summed
+    return [title, *([str(rank), *map(str, seat)] for rank, seat in enumerate(rank_table))], allreduce_report
 
 
 def cores(environ: Mapping[str, str] = os.environ) -> int:

@@ -52,7 +52,7 @@ def build_model(
     return BuiltModel(model, f"{name}, {size / 1e6:.1f} M parameters, {input_size} px; {'; '.join(notes)}", revision)
 
 
-def skeleton(
+def meta_model(
     options: ModelOptions, classes: list[str], input_size: int, *, cache_dir: str | None = None
 ) -> PreTrainedModel:
     """The model that `build_model` would make, on the meta device: shapes, and what is trained, without weights."""
@@ -65,9 +65,9 @@ def skeleton(
     _name_classes(config, classes)
     with torch.device("meta"):
         model = _from_config(options, config)
-    twin = copy.deepcopy(model)
+    model_copy = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unused = _check_forward(twin.to_empty(device="cpu"), options.model, input_size, len(classes))
+        unused = _check_forward(model_copy.to_empty(device="cpu"), options.model, input_size, len(classes))
     for name in unused:
         model.get_parameter(name).requires_grad_(False)
     return model

@@ -1,4 +1,4 @@
-"""The command line of a verb that has options of its own, beside those of `vit-dist train`."""
+"""The command line of a command that has options of its own, beside those of `vit-dist train`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vit_dist.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of leaving; `prog` is the verb as it is typed."""
+    """Raises UserError instead of leaving; `prog` is the command as it is typed."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -26,7 +26,7 @@ from vit_dist import stop
 from vit_dist.checkpoint import snapshot, store
 from vit_dist.checkpoint.load import (
     STATE,
-    ask_for,
+    apply_hyperparameters,
     forbid_pickled_code,
     hyperparameters,
     layout,
@@ -35,7 +35,7 @@ from vit_dist.checkpoint.load import (
 )
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.clock import Clock
-from vit_dist.distributed import Channel
+from vit_dist.distributed import GlooGroup
 from vit_dist.errors import UserError, first_line
 from vit_dist.model import reload_strictly, saved_weights
 
@@ -54,8 +54,8 @@ class ResumableTrainer(Trainer):
         self.clock = Clock(self.args.device)
         self.add_callback(_Continue(self))
         self.add_callback(_StopWhenAsked(self))
-        self.votes = Channel()
-        self._host = snapshot.Host(self.args.device)
+        self.cpu_group = GlooGroup()
+        self._host = snapshot.PinnedStager(self.args.device)
         self._to_evaluate: dict[str, bool] | None = None  # an evaluation that was interrupted, and what follows it
         self._best_loaded = False
         self._save_at_epoch_end = self._in_epoch = False  # see `_StopWhenAsked`
@@ -100,11 +100,11 @@ class ResumableTrainer(Trainer):
 
     def stop_if_asked(self) -> None:
         """Raise stop.Interrupted on every rank if any of them was asked to stop (all ranks participate)."""
-        if self.votes.any(stop.asked() is not None):
+        if self.cpu_group.any(stop.asked() is not None):
             raise stop.Interrupted(self._who_asked())
 
     def _who_asked(self) -> str:
-        reasons = self.votes.gather(stop.asked())
+        reasons = self.cpu_group.gather(stop.asked())
         return next(f"{by} on rank {rank}" for rank, by in enumerate(reasons) if by)
 
     # Overridden private methods: upstream's write into the live folder, read the raw file and drop the tensors whose
@@ -129,7 +129,7 @@ class ResumableTrainer(Trainer):
                 )
             )
 
-    def _parts(self) -> list[snapshot.Part]:
+    def _parts(self) -> list[snapshot.CheckpointFile]:
         """This rank's share of the state (all ranks participate)."""
         rank, parts = self.args.process_index, []
         model, optimizer = self.accelerator.unwrap_model(self.model), self.optimizer
@@ -153,7 +153,7 @@ class ResumableTrainer(Trainer):
         """Put what upstream keeps outside of `TrainerState` into it (all ranks participate)."""
         exportable = [one for one in self.callback_handler.callbacks if isinstance(one, ExportableState)]
         own = {
-            "losses": self.votes.gather(float(self._tr_loss)),  # the sum since the last logged step, by rank
+            "losses": self.cpu_group.gather(float(self._tr_loss)),  # the sum since the last logged step, by rank
             "logged": self._globalstep_last_logged,
             "to_evaluate": self._to_evaluate,
         }
@@ -248,7 +248,7 @@ class ResumableTrainer(Trainer):
                 load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), optimizer.optimizer)
             state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
             self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
-        ask_for(asked, optimizer, self.lr_scheduler)
+        apply_hyperparameters(asked, optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing random is restored: every step seeds itself (`StepSeeds`), and a damaged file must not matter."""
@@ -298,7 +298,7 @@ class _StopWhenAsked(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer._in_epoch = True
-        if self.by is None and trainer.votes.any(stop.asked() is not None):
+        if self.by is None and trainer.cpu_group.any(stop.asked() is not None):
             self.by = trainer._who_asked()
         due = control.should_save or self.by is not None
         control.should_save, trainer._save_at_epoch_end = due and not trainer.ends_epoch, due and trainer.ends_epoch

@@ -46,7 +46,7 @@ class _Request:
 _request = _Request()
 
 
-def listen(max_time: float | None = None) -> None:
+def install_handlers(max_time: float | None = None) -> None:
     """Take the signals over, and ask to stop by itself `max_time` seconds after the process began."""
     global _request
     _request = _Request(os.getpid(), None if max_time is None else _begun + max_time)
@@ -56,7 +56,7 @@ def listen(max_time: float | None = None) -> None:
             signal.signal(number, _note)
 
 
-def defer() -> None:
+def enter_graceful() -> None:
     """From here on signals only set the flag. Raises Interrupted if one has come."""
     _request.deferred = True
     if _request.by is not None:
@@ -96,7 +96,7 @@ def _note(number: int, frame: Any) -> None:
         raise Interrupted(_request.by, agreed=False)
 
 
-def shield_worker(worker: int = 0) -> None:
+def ignore_signals(worker: int = 0) -> None:
     """`worker_init_fn` of data loading processes: batch systems signal every process of a job, and a worker that died
     of it would take the run down before its checkpoint. It ends with its owner, or `WORKER_GRACE` s after a SIGTERM.
     """

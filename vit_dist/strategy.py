@@ -23,7 +23,7 @@ BY_SHAPE = ("adafactor", "galore", "apollo", "lomo", "muon", "shampoo", "soap") 
 PERSISTENT = 100_000  # elements; ZeRO-3 leaves smaller parameters whole on every rank (DeepSpeed's default)
 
 
-def check_owners(precision: str, environ: Mapping[str, str] = os.environ) -> None:
+def reject_launcher_overrides(precision: str, environ: Mapping[str, str] = os.environ) -> None:
     """Refuse a launcher that decides what belongs to the recipe. Call before anything is held.
 
     `precision` is the recipe's: fp32, bf16 or fp16. Accelerate puts what a flag, its configuration file or the user's
@@ -99,7 +99,7 @@ def _deepspeed(args: TrainingArguments) -> str:
 
         # Otherwise compiled at the first start, for minutes, to make collectives between CPUs faster.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    build_whole()
+    disable_zero_init()
     offload = {plugin.offload_optimizer_device, plugin.offload_param_device} - {None, "none"}
     return f"zero{plugin.zero_stage}" + ("_offload" if offload else "")
 
@@ -126,7 +126,7 @@ def _fsdp(args: TrainingArguments, environ: Mapping[str, str], mesh: Parallelism
     return "hsdp" if mesh and mesh.dp_replicate_size > 1 else "fsdp2"
 
 
-def build_whole() -> None:
+def disable_zero_init() -> None:
     """From here on `from_pretrained` loads whole models, also under ZeRO-3.
 
     Upstream would shard a model while it is being built, and wait for the other processes wherever rank 0 alone loads
@@ -135,7 +135,7 @@ def build_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def mark_blocks(model: PreTrainedModel) -> None:
+def set_fsdp_wrap_policy(model: PreTrainedModel) -> None:
     """Tell FSDP which modules are gathered together: the repeated blocks, whatever the family calls them.
 
     Upstream's list (`_no_split_modules`) also has a ViT's embeddings, where Accelerate's FSDP2 fails. A model without
@@ -148,9 +148,9 @@ def mark_blocks(model: PreTrainedModel) -> None:
         setattr(model, "get_input_embeddings", lambda: None)  # noqa: B010 mypy knows the method
 
 
-def confirm(asked: str, accelerator: Accelerator) -> None:
+def assert_active(asked: str, accelerator: Accelerator) -> None:
     """Raises UserError if the run would train with another strategy than the one asked for. Call when it is built."""
-    build_whole()  # again: making the Accelerator undid it
+    disable_zero_init()  # again: making the Accelerator undid it
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         got = "zero"

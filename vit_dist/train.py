@@ -32,7 +32,7 @@ from vit_dist.batch import Batch, split_batch
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.run import attempts, folder_choice, run_folder
-from vit_dist.run.owner import owned
+from vit_dist.run.lock import run_lock
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -47,7 +47,7 @@ def train(config: Config) -> None:
     from vit_dist.arguments import build_arguments
     from vit_dist.run import failure
 
-    stop.listen(config.max_time)
+    stop.install_handlers(config.max_time)
     bundle.check(config)
     with contextlib.ExitStack() as held:
         config = folder_choice.settle(config, held)
@@ -56,13 +56,13 @@ def train(config: Config) -> None:
         if config.output_dir_note:
             console.say(f"run folder: {config.output_dir}; {config.output_dir_note}")
         idle_gpus = distributed.use_one_device()
-        strategy.check_owners(config.precision)
+        strategy.reject_launcher_overrides(config.precision)
         batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
         args = build_arguments(config, batch)  # joins the process group
         distributed.check_launch(args)
-        seats, summed = distributed.roll_call(args)
+        rank_table, allreduce_report = distributed.check_world(args)
         if args.world_size > 1:
-            console.say(*console.aligned(seats), summed)
+            console.say(*console.aligned(rank_table), allreduce_report)
         asked = strategy.prepare(args)
         facts = attempts.common_facts(config, asked, args.device.type) | {"batch": str(batch)}
         distributed.agree(facts, "start all of them with one command, in one environment")
@@ -81,7 +81,7 @@ def train(config: Config) -> None:
 
 def own(config: Config, held: contextlib.ExitStack) -> None:
     """The run folder, for this process alone, until `held` ends."""
-    held.enter_context(owned(config.output_dir, settings=folder_choice.digest(config)))
+    held.enter_context(run_lock(config.output_dir, settings=folder_choice.digest(config)))
 
 
 def require_same_data(config: Config) -> None:
@@ -120,7 +120,7 @@ def fit(
     from vit_dist.checkpoint.writer import CheckpointWriter
     from vit_dist.run import failure, results, summary, trackers
 
-    writer = CheckpointWriter(config, distributed.Channel(), args.process_index, attempt.begins_at or None)
+    writer = CheckpointWriter(config, distributed.GlooGroup(), args.process_index, attempt.begins_at or None)
     held.callback(writer.close)  # before the lock is let go
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     kept = distributed.on_main(lambda: attempts.split_to_keep(attempt, batch, asked, device))
@@ -129,8 +129,8 @@ def fit(
     weights = sum(parameter.nbytes for parameter in built.model.model.parameters())
     distributed.on_main(lambda: writer.require_room(weights))
     trainer.add_callback(watchdog)
-    writer.progress = watchdog.keep_alive
-    strategy.confirm(asked, trainer.accelerator)
+    writer.progress = watchdog.touch
+    strategy.assert_active(asked, trainer.accelerator)
 
     facts = distributed.on_main(
         lambda: attempts.facts(
@@ -138,24 +138,24 @@ def fit(
         )
     )
     if attempt.replaces:
-        distributed.on_main(lambda: attempts.move_aside(config, attempt))
+        distributed.on_main(lambda: attempts.archive_run(config, attempt))
         distributed.on_main(lambda: own(config, held))
     attempt = distributed.on_main(lambda: attempts.open_attempt(config, attempt, data.classes, facts))
     trainer.facts = attempts.manifest_facts(attempt, batch)
     if config.run.profile:
         trainer.add_callback(Profile(config.output_dir / "profile", config.run.profile, args.process_index))
-    with failure.recorded(config.output_dir, attempt, trainer.whereabouts):
+    with failure.recorded(config.output_dir, attempt, trainer.failure_context):
         reporting = None
         if args.process_index == 0:
             reporting = trackers.open_trackers(config, attempt, facts, trainer, data.input_size)
             held.callback(reporting.progress.close)
         console.say(*summary.describe(config, attempt, built, batch, asked, idle_gpus, reporting))
         try:
-            stop.defer()
+            stop.enter_graceful()
             output = trainer.train(resume_from_checkpoint=attempt.checkpoint)
-            results.conclude(config, trainer, data, built.metrics, output.metrics, facts, attempt, reporting)
+            results.finalize(config, trainer, data, built.metrics, output.metrics, facts, attempt, reporting)
         except stop.Interrupted as by:
-            results.conclude_interrupted(config, trainer, by, attempt, reporting)
+            results.finalize_preempted(config, trainer, by, attempt, reporting)
             raise
 
 

@@ -35,7 +35,7 @@ from vit_dist.data.sampler import GlobalBatchSampler
 from vit_dist.distributed import any_rank, gather
 from vit_dist.errors import UserError
 from vit_dist.metrics import ClassificationMetrics
-from vit_dist.metrics.outcomes import Outcomes, judge, judged
+from vit_dist.metrics.outcomes import SampleMetrics, sample_metrics, sample_rows
 from vit_dist.resumable import ResumableTrainer
 from vit_dist.schedule import total_steps, warmup_steps
 from vit_dist.weight_decay import decayed_names
@@ -103,7 +103,7 @@ def _early_stopping(config: Config) -> list[TrainerCallback]:
 
 def require_metric(name: str | None, metrics: ClassificationMetrics) -> None:
     """Raise UserError now, not after the first epoch, if the metric that chooses the best model is not computed."""
-    computed = metrics(judge(torch.zeros(1, len(metrics.classes)), torch.zeros(1, dtype=torch.int64)))
+    computed = metrics(sample_metrics(torch.zeros(1, len(metrics.classes)), torch.zeros(1, dtype=torch.int64)))
     if name is not None and name.removeprefix("eval_") not in computed:
         raise UserError(
             f"metric_for_best_model={name} is not computed; --metrics adds to {', '.join(sorted(computed))}"
@@ -117,7 +117,7 @@ class ExactTrainer(ResumableTrainer):
     for full batches, so the last batch of an evaluation is filled up.
     """
 
-    LATE_ON = ("cuda",)  # kinds of devices that the host does not wait for at each step
+    DEFERRED_CHECK_DEVICES = ("cuda",)  # kinds of devices that the host does not wait for at each step
 
     def __init__(
         self,
@@ -149,9 +149,11 @@ class ExactTrainer(ResumableTrainer):
         self._norms: list[tuple[int, torch.Tensor]] = []
         # A look makes the host wait for the device. On GPUs it is taken where there is something to log, evaluate or
         # save: what is not finite is in no checkpoint, and up to `logging_steps` steps are lost.
-        self.looks_late = self.args.device.type in self.LATE_ON and not self.is_deepspeed_enabled
-        if self.looks_late:
-            self.add_callback(_LookBeforeItIsKept(self))
+        self.defers_finite_check = (
+            self.args.device.type in self.DEFERRED_CHECK_DEVICES and not self.is_deepspeed_enabled
+        )
+        if self.defers_finite_check:
+            self.add_callback(FiniteCheckCallback(self))
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Upstream's also decays tokens, position embeddings and layer scales."""
@@ -170,7 +172,7 @@ class ExactTrainer(ResumableTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=stop.shield_worker,
+            worker_init_fn=stop.ignore_signals,
         )
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
@@ -199,7 +201,7 @@ class ExactTrainer(ResumableTrainer):
             values = self.pixels.eager(values, boxes, mirrored)
         return values.cpu()
 
-    def whereabouts(self) -> dict[str, Any]:
+    def failure_context(self) -> dict[str, Any]:
         """What this rank was at, for the record of a failure."""
         return {
             "step": self.state.global_step,
@@ -228,7 +230,7 @@ class ExactTrainer(ResumableTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled and not self.looks_late:
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled and not self.defers_finite_check:
             self._check_losses()  # after the last micro-batch's backward, before the optimizer step
         return loss
 
@@ -258,7 +260,7 @@ class ExactTrainer(ResumableTrainer):
             value.record_stream(step)  # its memory belongs to the other stream, which must not use it again before
         return batch
 
-    def stop_unless_finite(self) -> None:
+    def raise_if_nonfinite(self) -> None:
         """What is not finite among the steps since the last look (all ranks participate; they wait for the device)."""
         steps = [step for step, _ in self._norms]
         norms = torch.stack([norm for _, norm in self._norms]).tolist() if steps else []
@@ -304,7 +306,7 @@ class ExactTrainer(ResumableTrainer):
         self._outcomes, self._logits = [], [] if description == "Prediction" else None
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         found, images = self._of_all_ranks(self._outcomes), len(dataloader.dataset)  # type: ignore[arg-type]
-        outcomes = Outcomes.of(found, images)
+        outcomes = SampleMetrics.of(found, images)
         if bad := int(np.count_nonzero(~np.isfinite(outcomes.losses))):
             raise UserError(f"the model's outputs are NaN or infinite for {bad} of {images} evaluated images")
         logits = None
@@ -335,7 +337,7 @@ class ExactTrainer(ResumableTrainer):
         labels, index = inputs.pop("labels"), inputs.pop("index")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits[:count].float()
-        self._outcomes.append(judged(logits, labels[:count], index[:count]))
+        self._outcomes.append(sample_rows(logits, labels[:count], index[:count]))
         if self._logits is not None:
             self._logits.append(logits)
         return None, None, None
@@ -348,7 +350,7 @@ class ExactTrainer(ResumableTrainer):
         """Called between clipping and the optimizer step; the norm is the same on every rank."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         step = self.state.global_step + 1
-        if self.looks_late and isinstance(norm, torch.Tensor) and not self.args.fp16:
+        if self.defers_finite_check and isinstance(norm, torch.Tensor) and not self.args.fp16:
             self._norms.append((step, norm.detach()))
         elif norm is not None and not self.args.fp16:  # whose scaler skips such a step and lowers its scale
             self._check_norm(float(norm), step)
@@ -363,10 +365,10 @@ class ExactTrainer(ResumableTrainer):
 
     @property
     def _kept(self) -> str:
-        return "noticed later, and nothing since was saved" if self.looks_late else "before the optimizer step"
+        return "noticed later, and nothing since was saved" if self.defers_finite_check else "before the optimizer step"
 
 
-class _LookBeforeItIsKept(TrainerCallback):
+class FiniteCheckCallback(TrainerCallback):
     """Every rank, last of all callbacks: nothing that is not finite is logged, evaluated or saved."""
 
     def __init__(self, trainer: ExactTrainer) -> None:
@@ -375,7 +377,7 @@ class _LookBeforeItIsKept(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ends = state.global_step % self.trainer.batches.steps_per_epoch == 0 or control.should_training_stop
         if ends or control.should_log or control.should_evaluate or control.should_save:
-            self.trainer.stop_unless_finite()
+            self.trainer.raise_if_nonfinite()
 
 
 class _TrainLoader(DataLoader):
@@ -394,6 +396,6 @@ class _TrainLoader(DataLoader):
 
 
 def _shielded(loader: Any) -> DataLoader:
-    """A loader made by Accelerate, with processes that survive what stops a run (see `stop.shield_worker`)."""
-    getattr(loader, "base_dataloader", loader).worker_init_fn = stop.shield_worker
+    """A loader made by Accelerate, with processes that survive what stops a run (see `stop.ignore_signals`)."""
+    getattr(loader, "base_dataloader", loader).worker_init_fn = stop.ignore_signals
     return loader

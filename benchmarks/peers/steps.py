@@ -44,10 +44,10 @@ def timm_step(device: torch.device, images: torch.Tensor, channels_last: bool, *
 
 def ours_step(model: Any, device: torch.device, images: torch.Tensor, narrow: bool) -> Step:
     """The model of `vit_dist`, as its trainer gets it."""
-    from vit_dist.blocks import Compilation, speed_up
+    from vit_dist.blocks import Compilation, optimize_model
 
     model = model.to(device).train()
-    speed_up(model, None, Compilation(True, ""), narrow, device)
+    optimize_model(model, None, Compilation(True, ""), narrow, device)
     return plain_step(model, lambda x: model(pixel_values=x).logits, images)
 
 

@@ -21,7 +21,7 @@ from vit_dist.checkpoint import store
 from vit_dist.checkpoint.snapshot import Snapshot, TorchFile
 from vit_dist.checkpoint.writer import CheckpointWriter
 from vit_dist.config import load_config
-from vit_dist.distributed import Channel
+from vit_dist.distributed import GlooGroup
 from vit_dist.errors import UserError
 from vit_dist.run import attempts
 
@@ -82,7 +82,7 @@ def test_too_little_disk_space_for_a_save_is_seen_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(["--output_dir", str(tmp_path / "run")])
-    writer = CheckpointWriter(config, Channel())
+    writer = CheckpointWriter(config, GlooGroup())
     writer.submit(Snapshot(3, None, {}, [TorchFile("state.pt", torch.ones(1_000_000))]))
     writer.wait()
     assert (writer.committed, writer.problem) == (3, None)
@@ -94,7 +94,7 @@ def test_too_little_disk_space_for_a_save_is_seen_before_it_is_written(
 
 
 def test_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
-    writer = CheckpointWriter(load_config(["--output_dir", str(tmp_path / "run")]), Channel())
+    writer = CheckpointWriter(load_config(["--output_dir", str(tmp_path / "run")]), GlooGroup())
     writer.submit(Snapshot(3, None, {}, [TorchFile("state.pt", {"weight": torch.tensor([1.0, float("nan")])})]))
     writer.wait()
     assert writer.problem == "rank 0: weights or optimizer state are NaN or infinite"
@@ -195,7 +195,7 @@ def test_files_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: 
         ("fsync", f"{inside}/weights"), ("fsync", f"{inside}/part/share"), ("fsync", f"{inside}/manifest.json"),
         ("fsync", f"{inside}/part"), ("fsync", inside), ("rename", "checkpoint-7"), ("fsync", "."),
     ]  # fmt: skip
-    assert store.damage(tmp_path / "checkpoint-7") is None
+    assert store.integrity_error(tmp_path / "checkpoint-7") is None
     assert json.loads((tmp_path / "checkpoint-7/manifest.json").read_text())["files"]["weights"]["bytes"] == 1
 
 
@@ -235,12 +235,12 @@ def test_retention_keeps_the_best_and_the_newest(
 
 
 def test_run_folder_in_use_is_refused_and_a_stale_lock_recovered(lab: Lab, tmp_path: Path) -> None:
-    from vit_dist.run.owner import owned
+    from vit_dist.run.lock import run_lock
 
     folder = tmp_path / "run"
     lab.run(folder, fault="before_optim:0:3:kill9", expect=-9)
     assert (folder / ".lock").exists() and status(folder)["state"] == "running"
-    with owned(folder, environ={"VIT_DIST_JOB_ID": "4711"}):
+    with run_lock(folder, environ={"VIT_DIST_JOB_ID": "4711"}):
         refused = lab.run(folder, expect=2)
         assert f"in use by process {os.getpid()} on " in refused.output and ", job 4711, since " in refused.output
     lab.run(folder)
@@ -251,6 +251,6 @@ def test_run_folder_in_use_is_refused_and_a_stale_lock_recovered(lab: Lab, tmp_p
     assert "in use by process" in lab.run(folder, expect=2).output, "the new folder is locked like the old one"
     fresh.signal(signal.SIGKILL)
     fresh.wait()
-    with pytest.raises(UserError, match="boom"), owned(tmp_path / "new"):
+    with pytest.raises(UserError, match="boom"), run_lock(tmp_path / "new"):
         raise UserError("boom")
     assert not (tmp_path / "new").exists(), "a run that is refused leaves nothing"

@@ -67,7 +67,7 @@ def test_a_signal_after_the_work_is_done_changes_no_exit_code() -> None:
         "import os, signal, sys\n"
         "from vit_dist import entry, stop\n"
         "def body():\n"
-        "    stop.listen(); stop.defer(); return 0\n"
+        "    stop.install_handlers(); stop.enter_graceful(); return 0\n"
         "code = entry.run(body, '')\n"
         "class Late:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -29,7 +29,7 @@ from vit_dist.errors import UserError
 from vit_dist.files import is_run_folder, read_object
 from vit_dist.run import failure
 from vit_dist.run.attempts import Attempt, known_record, split_to_keep
-from vit_dist.run.owner import owned
+from vit_dist.run.lock import run_lock
 
 # Variables
 
@@ -189,7 +189,7 @@ def test_a_run_folder_below_the_data_is_not_data(tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", {"train": 6})
     before = listed(data, tmp_path)
     run = data / "runs/x"
-    with owned(run):
+    with run_lock(run):
         assert is_run_folder(run)
         (run / "notes.csv").write_text("a\n1\n")
         assert listed(data, tmp_path) == before, "at the first start"
@@ -318,7 +318,7 @@ def test_a_process_suspended_for_longer_than_the_time_out_goes_on(
 
     def steps(dog: Any) -> None:
         for _ in range(60):
-            dog.beat()
+            dog.heartbeat()
             time.sleep(0.1)
 
     pid = watched(steps, 2.0, tmp_path)
@@ -330,7 +330,7 @@ def test_a_process_suspended_for_longer_than_the_time_out_goes_on(
 
 
 def test_a_process_that_stands_still_is_ended(tmp_path: Path) -> None:
-    pid = watched(lambda dog: (dog.beat(), time.sleep(60)), 1.0, tmp_path)  # type: ignore[arg-type, return-value]
+    pid = watched(lambda dog: (dog.heartbeat(), time.sleep(60)), 1.0, tmp_path)  # type: ignore[arg-type, return-value]
     assert ended(pid, 20) == 1 and (tmp_path / "stacks-rank-0.txt").exists()
 
 
@@ -339,9 +339,9 @@ def test_a_process_that_keeps_the_interpreters_lock_is_ended(tmp_path: Path, mon
     monkeypatch.setattr(watchdog, "GRACE", 0.5)
 
     def hold(dog: Any) -> None:
-        dog.beat()
+        dog.heartbeat()
         time.sleep(1.5)
-        dog.beat()
+        dog.heartbeat()
         re.match(r"(a+)+$", "a" * 60 + "b")  # never lets go of the lock
 
     assert ended(watched(hold, 2.0, tmp_path), 30) == -signal.SIGKILL
@@ -375,12 +375,15 @@ def test_a_rank_killed_before_training_is_named(
 def test_ranks_asked_to_stop_before_training_are_preempted_and_not_lost(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "build_model", lambda *args, **kwargs: time.sleep(60))
+    def slow(*args: object, **kwargs: object) -> None:
+        (tmp_path / f"building-{os.getpid()}").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr(build, "build_model", slow)
     job = lab.start(tmp_path / "run", processes=2)
     deadline = time.monotonic() + 60
-    while "all-reduce of" not in job.output and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("building-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(3)
     job.signal(signal.SIGTERM)
     assert job.wait(30) == [75, 75], job.output
     assert status(tmp_path / "run")["state"] == "preempted" and not (tmp_path / "run/failure.json").exists()
@@ -391,7 +394,7 @@ def test_a_left_over_world_size_is_told_and_the_first_signal_ends_it() -> None:
     wait = (
         "import torch.distributed as dist\n"
         "from vit_dist import distributed, stop\n"
-        "stop.listen()\n"
+        "stop.install_handlers()\n"
         "real = distributed.time.monotonic\n"
         "distributed.time.monotonic = lambda: real() * 20\n"
         "with distributed.joining():\n"

@@ -74,12 +74,12 @@ def test_checkpoints_while_every_step_saves_always_include_a_verified_one(lab: L
             whole = 0
             for path in list(store.checkpoints(folder)):
                 try:
-                    whole += store.damage(path) is None
+                    whole += store.integrity_error(path) is None
                 except OSError:  # deleted while we read it: the next one must be there
                     continue
             if whole:
                 seen += 1
-            elif seen and not any(store.damage(path) is None for path in store.checkpoints(folder)):
+            elif seen and not any(store.integrity_error(path) is None for path in store.checkpoints(folder)):
                 missing.append(time.monotonic())
 
     watcher = threading.Thread(target=look)

@@ -221,7 +221,7 @@ def test_malicious_pickle_with_a_valid_manifest_is_not_run(
     shutil.copytree(stopped, folder)
     torch.save({"state": Evil(tmp_path / "canary")}, folder / "checkpoint-22" / name)
     forge(folder / "checkpoint-22", name)
-    assert store.damage(folder / "checkpoint-22") is None
+    assert store.integrity_error(folder / "checkpoint-22") is None
     if name in ("optimizer.pt", "scheduler.pt"):
         job = lab.run(folder, expect=None)
         assert set(job.codes.values()) == {2} and status(folder)["state"] == "failed"
@@ -306,7 +306,7 @@ def test_checkpoint_naming_files_outside_of_it_is_refused(tmp_path: Path, opened
     (staged / "state").write_bytes(b"x")
     facts = store.settle(staged / "state")
     checkpoint = store.commit(staged, {"state": facts}, {"step": 5})
-    assert store.damage(checkpoint) is None
+    assert store.integrity_error(checkpoint) is None
     name = OUTSIDE[case](checkpoint, outside)
     if name == "manifest.json":
         shutil.move(checkpoint / name, outside / name)
@@ -317,7 +317,7 @@ def test_checkpoint_naming_files_outside_of_it_is_refused(tmp_path: Path, opened
         forged = seal({**manifest, "files": {"state": facts, name: facts}})
         (checkpoint / "manifest.json").write_text(json.dumps(forged))
     opened.clear()
-    assert (store.damage(checkpoint) or "").startswith(name.split("/file")[0] if "part" in name else name)
+    assert (store.integrity_error(checkpoint) or "").startswith(name.split("/file")[0] if "part" in name else name)
     assert opened or name == "manifest.json"
     assert not [path for path in opened if path.startswith(str(outside))]
 
@@ -328,7 +328,7 @@ def test_checkpoint_naming_files_outside_of_it_is_refused(tmp_path: Path, opened
 def test_manifest_of_another_shape_is_damage(tmp_path: Path, files: Any) -> None:
     checkpoint = store.commit(store.begin(tmp_path, 5), {}, {"step": 5})
     (checkpoint / "manifest.json").write_text(json.dumps(seal({"format": store.FORMAT, "step": 5, "files": files})))
-    assert store.damage(checkpoint) == "manifest.json cannot be read"
+    assert store.integrity_error(checkpoint) == "manifest.json cannot be read"
 
 
 def test_checkpoint_that_others_may_write_is_not_resumed(
@@ -342,13 +342,13 @@ def test_checkpoint_that_others_may_write_is_not_resumed(
     assert "everybody may write in it" in line and f"chmod -R o-w {folder}" in line
     folder.chmod(0o755)
     (folder / "checkpoint-22/optimizer.pt").chmod(0o666)
-    assert "optimizer.pt: everybody may write in it" in (store.damage(folder / "checkpoint-22") or "")
+    assert "optimizer.pt: everybody may write in it" in (store.integrity_error(folder / "checkpoint-22") or "")
     if os.geteuid() == 0:
         os.chown(folder, 12345, -1)
         assert "belongs to user 12345" in one_error(lab.run(folder, expect=2))
         os.chown(folder, 0, -1)
         os.chown(folder / "checkpoint-22/optimizer.pt", 12345, -1)
-        assert "optimizer.pt: it belongs to user 12345" in (store.damage(folder / "checkpoint-22") or "")
+        assert "optimizer.pt: it belongs to user 12345" in (store.integrity_error(folder / "checkpoint-22") or "")
     job = lab.run(folder)
     assert "checkpoint-22 is passed over: optimizer.pt: " in job.output
     assert fingerprint(folder) == whole

@@ -189,8 +189,8 @@ def test_child_process_of_others_obeys_sigterm() -> None:
     """A process pool forked off under our handlers must obey SIGTERM."""
     before = {number: signal.getsignal(number) for number in stop.SIGNALS}
     try:
-        stop.listen()
-        stop.defer()
+        stop.install_handlers()
+        stop.enter_graceful()
         pid = os.fork()
         if pid == 0:
             time.sleep(30)

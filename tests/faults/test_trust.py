@@ -29,7 +29,7 @@ from vit_dist.errors import UserError
 from vit_dist.files import SEAL, replacing, seal
 from vit_dist.redact import redact
 from vit_dist.run import attempts
-from vit_dist.run.owner import owned
+from vit_dist.run.lock import run_lock
 from vit_dist.run.report import CARD_METRICS, write_model_card
 from vit_dist.run.run_folder import WRITTEN, keep_output, write_json
 from vit_dist.terminal import markdown_code, one_line
@@ -77,7 +77,7 @@ def test_metadata_that_calls_a_loader_of_torch_distributed_is_refused(tmp_path: 
         return pickle.dumps(Call(format_utils.torch_save_to_dcp, str(payload), str(tmp_path / "out")))
 
     checkpoint, model, optimizer = sharded(tmp_path / "run", metadata)
-    assert store.damage(checkpoint) is None
+    assert store.integrity_error(checkpoint) is None
     with pytest.raises(pickle.UnpicklingError, match="torch_save_to_dcp is not part of"):
         load_optimizer(checkpoint, model, optimizer)
     assert not marker.exists()
@@ -118,7 +118,7 @@ def test_metadata_that_is_cut_short_or_something_else_is_refused(tmp_path: Path,
 def test_metadata_changed_after_the_check_is_refused(tmp_path: Path) -> None:
     checkpoint, model, optimizer = sharded(tmp_path)
     load_optimizer(checkpoint, model, optimizer)
-    assert store.damage(checkpoint) is None
+    assert store.integrity_error(checkpoint) is None
     path = checkpoint / "optimizer_0/.metadata"
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(pickle.UnpicklingError, match="is not the file that the manifest names"):
@@ -192,7 +192,7 @@ def test_a_run_folder_that_is_a_link_itself_is_a_users_choice(run_config: Config
     (tmp_path / "disk2").mkdir()
     run_config.output_dir.symlink_to(tmp_path / "disk2")
     attempts.check(run_config)
-    with owned(run_config.output_dir):
+    with run_lock(run_config.output_dir):
         assert (tmp_path / "disk2/.lock").is_file()
 
 
@@ -200,7 +200,7 @@ def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").symlink_to(tmp_path / "thesis.tex")
-    with pytest.raises(UserError, match=r"\.lock is a link"), owned(tmp_path / "run"):
+    with pytest.raises(UserError, match=r"\.lock is a link"), run_lock(tmp_path / "run"):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -233,10 +233,10 @@ def test_staging_trash_and_checkpoints_that_are_links_leave_their_targets_alone(
     (folder / store.TRASH).symlink_to(outside / "trash")
     (folder / "checkpoint-5").symlink_to(outside / "checkpoint")
     checkpoint = store.commit(store.begin(folder, 5), {}, {"step": 5})
-    assert store.damage(checkpoint) is None and not checkpoint.is_symlink()
+    assert store.integrity_error(checkpoint) is None and not checkpoint.is_symlink()
     store.clear(folder)
     (folder / "checkpoint-6").symlink_to(tmp_path / "nowhere")
-    assert store.damage(store.commit(store.begin(folder, 6), {}, {"step": 6})) is None
+    assert store.integrity_error(store.commit(store.begin(folder, 6), {}, {"step": 6})) is None
     for name in ("staging/checkpoint-5", "trash/checkpoint-5", "checkpoint"):
         assert (outside / name / "kept").exists(), name
 
@@ -275,7 +275,7 @@ def test_state_is_never_writable_for_everybody_whatever_the_umask(tmp_path: Path
     for path in (checkpoint, checkpoint / "manifest.json", tmp_path / "status.json", tmp_path / "metrics.jsonl"):
         assert not path.stat().st_mode & 0o002, path
     (checkpoint / "manifest.json").chmod(0o666)
-    assert "manifest.json: everybody may write in it" in (store.damage(checkpoint) or "")
+    assert "manifest.json: everybody may write in it" in (store.integrity_error(checkpoint) or "")
 
 
 # Secrets

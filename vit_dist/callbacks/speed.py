@@ -14,9 +14,9 @@ from vit_dist.clock import Clock
 logger = logging.getLogger("vit_dist")
 
 RATE, MFU = "images_per_second", "mfu"
-STARVING = {"data_wait": 0.2, "communication_wait": 0.25, "checkpoint_wait": 0.1}  # shares worth a word
-KEYS = (RATE, MFU, *STARVING)  # of a row; they differ from attempt to attempt
-ENOUGH = 20  # steps after which a word is said
+WAIT_THRESHOLDS = {"data_wait": 0.2, "communication_wait": 0.25, "checkpoint_wait": 0.1}  # shares worth a word
+KEYS = (RATE, MFU, *WAIT_THRESHOLDS)  # of a row; they differ from attempt to attempt
+MIN_STEPS_FOR_HINT = 20  # steps after which a word is said
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Speed(TrainerCallback):
         """`loading`: what to do if data comes too late."""
         self.clock, self.step, self.loading, self.communication = clock, step, loading, communication
         self._steps = self._since_start = 0
-        self._seconds, self._waited = 0.0, dict.fromkeys(STARVING, 0.0)  # since the start
+        self._seconds, self._waited = 0.0, dict.fromkeys(WAIT_THRESHOLDS, 0.0)  # since the start
         self._told: set[str] = set()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -68,13 +68,13 @@ class Speed(TrainerCallback):
         logs["checkpoint_wait"] = round(waited["checkpoint"] / seconds, 4)
         self._steps = 0
         self._seconds += seconds
-        for key in STARVING:
+        for key in WAIT_THRESHOLDS:
             self._waited[key] += logs.get(key, 0.0) * seconds
-        if self._since_start >= ENOUGH:
+        if self._since_start >= MIN_STEPS_FOR_HINT:
             self._advise()
 
     def _advise(self) -> None:
-        for key, most in STARVING.items():
+        for key, most in WAIT_THRESHOLDS.items():
             if (share := self._waited[key] / self._seconds) > most and key not in self._told:
                 self._told.add(key)
                 logger.info(f"{share:.0%} of the time {self._advice(key)}")

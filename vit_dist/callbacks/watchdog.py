@@ -103,24 +103,24 @@ class Watchdog(TrainerCallback):
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._keeper.communicate(timeout=GRACE)  # it ends with its input
 
-    def beat(self, *args: Any, **kwargs: Any) -> None:
+    def heartbeat(self, *args: Any, **kwargs: Any) -> None:
         """This process gets on. Called several times in a step."""
         self._beat = time.monotonic()
 
-    def rest(self, *args: Any, **kwargs: Any) -> None:
-        """Until the next `beat`, nothing is expected of this process."""
+    def pause(self, *args: Any, **kwargs: Any) -> None:
+        """Until the next `heartbeat`, nothing is expected of this process."""
         self._beat = None
         self._tell_keeper(b"r")
 
-    def keep_alive(self) -> None:
-        """As `beat`, where something is expected; from any thread."""
+    def touch(self) -> None:
+        """As `heartbeat`, where something is expected; from any thread."""
         if self._beat is not None:
-            self.beat()
+            self.heartbeat()
 
-    on_train_end = on_predict = rest
+    on_train_end = on_predict = pause
     on_train_begin = on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_evaluate = on_save = (
         on_log
-    ) = beat
+    ) = heartbeat
 
     def _watch(self) -> None:
         failed_since, orphan_since, before = None, None, time.monotonic()
@@ -130,15 +130,15 @@ class Watchdog(TrainerCallback):
                 self._beat = None if self._beat is None else min(now, self._beat + suspended)
                 failed_since = failed_since and failed_since + suspended
                 orphan_since = orphan_since and orphan_since + suspended
-            beat = self._beat
+            heartbeat = self._beat
             if self.timeout:
-                self._tell_keeper(b"r" if beat is None else b"w")
+                self._tell_keeper(b"r" if heartbeat is None else b"w")
             if self._launcher is not None and os.getppid() != self._launcher:
                 orphan_since = orphan_since or now
                 self._ask_to_stop("the launcher's end")
                 if now - orphan_since > GRACE:
                     self._leave("the launcher is gone")
-            idle = now - beat if self.timeout and beat is not None else 0.0
+            idle = now - heartbeat if self.timeout and heartbeat is not None else 0.0
             if self.timeout and idle > self.timeout:
                 self._dump()
                 with contextlib.suppress(Exception):

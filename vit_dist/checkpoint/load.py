@@ -57,7 +57,7 @@ def layout(checkpoint: Path) -> str:
     return str(read_manifest(checkpoint).get("layout"))
 
 
-def obstacle(checkpoint: Path, strategy: str, world_size: int) -> str | None:
+def resume_incompatibility(checkpoint: Path, strategy: str, world_size: int) -> str | None:
     """Why this launch cannot resume from a checkpoint that is whole, and what can; None if it can."""
     manifest, zero = read_manifest(checkpoint), strategy.startswith("zero")
     wrote, ranks = str(manifest.get("strategy")), manifest.get("world_size")
@@ -113,7 +113,7 @@ def hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
     return [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
 
 
-def ask_for(asked: list[dict[str, Any]], optimizer: Any, scheduler: Any) -> None:
+def apply_hyperparameters(asked: list[dict[str, Any]], optimizer: Any, scheduler: Any) -> None:
     """After loading: the settings of now instead of the checkpoint's, where --allow_change let them differ."""
     for group, wanted, loaded in zip(optimizer.param_groups, asked, hyperparameters(optimizer), strict=True):
         if wanted != loaded:

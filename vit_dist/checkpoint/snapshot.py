@@ -27,7 +27,7 @@ from vit_dist.checkpoint.load import MODEL, OPTIMIZER
 from vit_dist.checkpoint.store import make_folder
 
 
-class Part(Protocol):
+class CheckpointFile(Protocol):
     """Some files of a checkpoint; `tensors` are in host memory and no training step changes them."""
 
     collective: bool  # whether all ranks must write it together
@@ -47,7 +47,7 @@ class Snapshot:
     step: int
     best_step: int | None  # of the best model so far
     facts: dict[str, Any]  # for the manifest
-    parts: list[Part]
+    parts: list[CheckpointFile]
 
     @property
     def bytes(self) -> int:
@@ -59,7 +59,7 @@ class Snapshot:
         return any(not torch.isfinite(t).all() for t in numbers)
 
 
-class Host:
+class PinnedStager:
     """Copies to host memory; the memory is used again at the next copy.
 
     Cost: the state once more in host memory, for the whole training. A copy must not be in use when the next is taken.
@@ -134,7 +134,7 @@ class Pretrained:
 
 
 @dataclass
-class Shares:
+class DcpShard:
     """A folder of PyTorch's distributed checkpoint, to which every rank adds a file."""
 
     name: str
@@ -153,13 +153,15 @@ class Shares:
         return [*path.glob(f"__{self.rank}_*.distcp"), *([path / ".metadata"] if self.rank == 0 else [])]
 
 
-def plain(host: Host, model: Any, processor: Any, optimizer: torch.optim.Optimizer) -> list[Part]:
+def plain(host: PinnedStager, model: Any, processor: Any, optimizer: torch.optim.Optimizer) -> list[CheckpointFile]:
     """Single and DDP, on rank 0."""
     weights, state = host.copy([model.state_dict(), optimizer.state_dict()])
     return [Pretrained(model, processor, weights), TorchFile("optimizer.pt", state)]
 
 
-def fsdp(host: Host, model: nn.Module, optimizer: torch.optim.Optimizer, full: bool, rank: int) -> list[Part]:
+def fsdp(
+    host: PinnedStager, model: nn.Module, optimizer: torch.optim.Optimizer, full: bool, rank: int
+) -> list[CheckpointFile]:
     """FSDP2 and HSDP (all ranks participate). `full`: gathered on rank 0."""
     options = StateDictOptions(full_state_dict=full, cpu_offload=full)
     weights = get_model_state_dict(model, options=options)
@@ -169,14 +171,14 @@ def fsdp(host: Host, model: nn.Module, optimizer: torch.optim.Optimizer, full: b
     weights, state = host.copy([weights, state])
     if full:
         return [TorchFile(f"{MODEL}.bin", weights), TorchFile(f"{OPTIMIZER}.bin", state)]
-    return [Shares(f"{MODEL}_0", {"model": weights}, rank), Shares(f"{OPTIMIZER}_0", {"optimizer": state}, rank)]
+    return [DcpShard(f"{MODEL}_0", {"model": weights}, rank), DcpShard(f"{OPTIMIZER}_0", {"optimizer": state}, rank)]
 
 
-def zero(host: Host, engine: Any) -> list[Part]:
+def zero(host: PinnedStager, engine: Any) -> list[CheckpointFile]:
     """ZeRO-1, 2 and 3 (all ranks participate): what DeepSpeed's engine would write, caught on the way."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-    parts: list[Part] = []
+    parts: list[CheckpointFile] = []
 
     class Collector(CheckpointEngine):
         def create(self, info: Any) -> None: ...

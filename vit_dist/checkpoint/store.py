@@ -55,7 +55,7 @@ def named(folder: Path, step: int) -> Path:
 
 
 def is_committed(checkpoint: Path) -> bool:
-    """Whether a commit put it here. Its files may have been damaged since: see `damage`."""
+    """Whether a commit put it here. Its files may have been damaged since: see `integrity_error`."""
     return (checkpoint / MANIFEST).is_file()
 
 
@@ -129,7 +129,7 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(trash.parent)
 
 
-def set_aside(checkpoint: Path) -> Path:
+def quarantine(checkpoint: Path) -> Path:
     """Take a checkpoint out of the list and keep it under another name."""
     suffixes = itertools.chain([".aside"], (f".aside-{n}" for n in itertools.count(2)))
     aside = next(path for end in suffixes if not os.path.lexists(path := checkpoint.with_name(checkpoint.name + end)))
@@ -189,7 +189,7 @@ def _is_manifest(found: dict[str, Any]) -> bool:
     )
 
 
-def damage(checkpoint: Path) -> str | None:
+def integrity_error(checkpoint: Path) -> str | None:
     """Why a checkpoint is not what was committed, None if it is. Reads all of it."""
     if (checkpoint / MANIFEST).is_symlink():
         return f"{MANIFEST} is a link"

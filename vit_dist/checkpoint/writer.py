@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from vit_dist.checkpoint import store
 from vit_dist.checkpoint.snapshot import Snapshot
 from vit_dist.config import Config
-from vit_dist.distributed import Channel
+from vit_dist.distributed import GlooGroup
 from vit_dist.errors import UserError, first_line
 from vit_dist.files import nearest_folder
 from vit_dist.redact import redact
@@ -37,7 +37,7 @@ class CheckpointWriter:
     `committed` is the step of the checkpoint that the run goes on from.
     """
 
-    def __init__(self, config: Config, channel: Channel, rank: int = 0, committed: int | None = None) -> None:
+    def __init__(self, config: Config, channel: GlooGroup, rank: int = 0, committed: int | None = None) -> None:
         self.folder, self.channel, self.rank = config.output_dir, channel, rank
         self.limit, self.every = config.training["save_total_limit"], config.run.save_keep_every
         self.committed = committed  # the newest step on the disk; the same on every rank whenever nothing is in flight

@@ -26,10 +26,10 @@ def count_flops(model: PreTrainedModel, side: int) -> Flops:
     Upstream's `floating_point_ops` takes each pixel for a token, 737 times as many for that model.
     """
     with torch.device("meta"):
-        twin, images = type(model)(model.config).eval(), torch.empty(1, 3, side, side)
-    class_token_only(twin)
+        model_copy, images = type(model)(model.config).eval(), torch.empty(1, 3, side, side)
+    class_token_only(model_copy)
     with FlopCounterMode(display=False) as counter:
-        logits = twin(pixel_values=images).logits
+        logits = model_copy(pixel_values=images).logits
         forward = counter.get_total_flops()
         logits.sum().backward()
     # PyTorch counts the backward pass of grouped convolutions (ConvNeXt) as if they had one group.

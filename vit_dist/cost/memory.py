@@ -145,11 +145,11 @@ def activations(model: PreTrainedModel, side: int, precision: str, checkpointing
 def _saved(model: PreTrainedModel, images: int, side: int, precision: str, checkpointing: bool) -> int:
     """Bytes of the distinct storages that autograd saves, the parameters' own left out."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    twin = copy.deepcopy(model).train()
-    if checkpointing and not twin.supports_gradient_checkpointing:
+    model_copy = copy.deepcopy(model).train()
+    if checkpointing and not model_copy.supports_gradient_checkpointing:
         raise UserError(f"{type(model).__name__} has no activation checkpointing; leave it out")
     if checkpointing:
-        twin.gradient_checkpointing_enable()
+        model_copy.gradient_checkpointing_enable()
     saved: dict[int, int] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,10 +161,10 @@ def _saved(model: PreTrainedModel, images: int, side: int, precision: str, check
 
     alive: list[torch.UntypedStorage] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
-        twin.to_empty(device="cpu")
-        own = {parameter.untyped_storage()._cdata for parameter in twin.parameters()}
+        model_copy.to_empty(device="cpu")
+        own = {parameter.untyped_storage()._cdata for parameter in model_copy.parameters()}
         with saved_tensors_hooks(save, lambda tensor: tensor), torch.autocast("cpu", dtype, enabled=dtype is not None):
-            logits = twin(pixel_values=torch.zeros(images, 3, side, side)).logits
+            logits = model_copy(pixel_values=torch.zeros(images, 3, side, side)).logits
             F.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.long))
     return sum(saved.values())
 

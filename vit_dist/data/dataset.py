@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from vit_dist.data.decode import BadImage, DecodeRules, decode_reduced
+from vit_dist.data.decode import BadImage, DecodeRules, decode_downscaled
 from vit_dist.data.transforms import Transform
 
 
@@ -59,7 +59,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.reduced(index, lambda width, height: 1)[0]
 
     def reduced(self, index: int, spare: Callable[[int, int], float]) -> tuple[Image.Image, tuple[int, int]]:
-        """The same as `decode_reduced` has it."""
+        """The same as `decode_downscaled` has it."""
         row = self.table[index]
         return self._decode(row["image"], row["id"], index, spare)
 
@@ -75,7 +75,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self, image: Any, row_id: str, index: int, spare: Callable[[int, int], float]
     ) -> tuple[Image.Image, tuple[int, int]]:
         try:
-            return decode_reduced(image, self.rules, spare)
+            return decode_downscaled(image, self.rules, spare)
         except BadImage as error:
             raise RuntimeError(f"image {row_id} (row {index}) does not decode: {error}") from error
 

@@ -91,10 +91,10 @@ def decode(image: Mapping[str, Any] | bytes | str | os.PathLike[str], rules: Dec
     The first frame of animations; transparent pixels on the background; 16-bit gray scaled, not clipped. Raises
     `BadImage` for whatever is not a whole image within the rules.
     """
-    return decode_reduced(image, rules, lambda width, height: 1)[0]
+    return decode_downscaled(image, rules, lambda width, height: 1)[0]
 
 
-def decode_reduced(
+def decode_downscaled(
     image: Mapping[str, Any] | bytes | str | os.PathLike[str], rules: DecodeRules, spare: Callable[[int, int], float]
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The same, but sides may be 2, 4 or 8 times shorter, and no more than `spare(width, height)` times: several times

@@ -22,8 +22,8 @@ from vit_dist.data.split import (
     classes_hash,
     classes_without_images,
     encode_labels,
-    hold_out,
     limit,
+    stratified_split,
     table_fingerprint,
 )
 from vit_dist.data.transforms import Transform, load_processor
@@ -71,7 +71,9 @@ def build_data(
     tables = {split: encode_labels(table, classes, split) for split, table in source.tables.items()}
     notes, split_hash = [source.description, *source.notes], None
     if "validation" not in tables:
-        tables["train"], tables["validation"], split_hash = hold_out(tables["train"], options.train_val_split, seed)
+        tables["train"], tables["validation"], split_hash = stratified_split(
+            tables["train"], options.train_val_split, seed
+        )
         share = f"{options.train_val_split:.0%}"
         notes.append(f"no validation split: {share} of train held out, by class (seed {seed}, {split_hash[:12]})")
     if "test" not in tables:

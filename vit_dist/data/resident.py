@@ -233,7 +233,7 @@ def _decoded(dataset: ImageDataset, workers: int) -> torch.Tensor | None:
         256,
         collate_fn=_stacked,
         num_workers=workers if many else 0,
-        worker_init_fn=stop.shield_worker,
+        worker_init_fn=stop.ignore_signals,
     )
     held, begin = torch.empty(0), 0
     for images in loader:

@@ -25,7 +25,7 @@ from vit_dist.data.layout import Layout
 from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.mask_files import without_masks
 from vit_dist.data.shards import require_labels
-from vit_dist.data.split import hold_out
+from vit_dist.data.split import stratified_split
 from vit_dist.data.split_column import find_split_column
 from vit_dist.data.split_words import split_word
 from vit_dist.data.table_files import group_by_split, is_side_table, split_side_tables
@@ -419,7 +419,7 @@ def _digits(options: DataOptions) -> Source:
     )
     table = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
     table = common_table(table, "image", "label", [f"digits#{row}" for row in range(len(table))])
-    train, test, _ = hold_out(table, 0.2, seed=0)
+    train, test, _ = stratified_split(table, 0.2, seed=0)
     splits = {"train": train, "test": test}
     roles = split_roles(list(splits), options, "digits")
     tables = {role: splits[split] for role, split in roles.items()}

@@ -129,7 +129,9 @@ def encode_labels(table: datasets.Dataset, classes: list[str], split_name: str) 
     return datasets.concatenate_datasets([table.remove_columns("label"), column], axis=1)
 
 
-def hold_out(table: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+def stratified_split(
+    table: datasets.Dataset, fraction: float, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset, str]:
     """Train and validation rows, drawn by class, and a SHA-256 (hex) of the validation ids.
 
     Each class gives its share to within one image and keeps at least one to train on. Raises `UserError` if the

@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 
 from vit_dist.data.cache import cache_folder, locked, read_sealed, write_sealed
-from vit_dist.data.decode import HIGHEST_LEVEL, RULES_VERSION, BadImage, DecodeRules, decode_reduced, encoded_bytes
+from vit_dist.data.decode import HIGHEST_LEVEL, RULES_VERSION, BadImage, DecodeRules, decode_downscaled, encoded_bytes
 from vit_dist.data.listing import shortened
 from vit_dist.data.split import table_fingerprint
 from vit_dist.environment import job_cores
@@ -240,7 +240,7 @@ def _decode_all(
 def _look(image: Mapping[str, Any], rules: DecodeRules) -> tuple[bytes, Seen]:
     """Digest and properties of one image."""
     data = encoded_bytes(image)
-    decoded, (width, height) = decode_reduced(data, rules, lambda width, height: 8)
+    decoded, (width, height) = decode_downscaled(data, rules, lambda width, height: 8)
     level = decoded.info.get(HIGHEST_LEVEL)
     gray16, brightest = level is not None, level or 0
     dark16 = gray16 and brightest < _LOWEST_USE

@@ -25,7 +25,7 @@ from vit_dist.errors import UserError
 from vit_dist.launch import start, strategies
 from vit_dist.launch.topology import FLAGS
 
-MODULES = {"train": "vit_dist.train", "doctor": "vit_dist.verbs.doctor"}
+MODULES = {"train": "vit_dist.train", "doctor": "vit_dist.commands.doctor"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"the strategy comes first: launch/accelerate.sh STRATEGY {strategy} ...; it is {names}")
         if rest[:1] == ["plan"]:
             raise UserError(f"plan starts nothing, so it needs no launcher: vit-dist plan {' '.join(rest[1:])}".strip())
-        verb = rest.pop(0) if rest and rest[0] in MODULES else "train"
+        command = rest.pop(0) if rest and rest[0] in MODULES else "train"
         if "-h" in rest or "--help" in rest:  # help needs no processes and no GPU
             more = ["all"] if rest[-1] == "all" else []
-            os.execv(sys.executable, [sys.executable, "-m", MODULES[verb], "--help", *more])
+            os.execv(sys.executable, [sys.executable, "-m", MODULES[command], "--help", *more])
         asked, arguments = start.split_flags(rest)
-        return start.execute(start.prepare(MODULES[verb], arguments, replace(asked, strategy=strategy)), asked.dry_run)
+        return start.execute(
+            start.prepare(MODULES[command], arguments, replace(asked, strategy=strategy)), asked.dry_run
+        )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -19,7 +19,7 @@ import numpy as np
 
 from vit_dist import bundle
 from vit_dist.errors import UserError, first_line
-from vit_dist.metrics.outcomes import Outcomes
+from vit_dist.metrics.outcomes import SampleMetrics
 
 logger = logging.getLogger("vit_dist")
 
@@ -45,7 +45,7 @@ class ClassificationMetrics:
         self._dropped: set[str] = set()
         self._try_extras()
 
-    def __call__(self, outcomes: Outcomes) -> dict[str, float]:
+    def __call__(self, outcomes: SampleMetrics) -> dict[str, float]:
         """Scalars: accuracy, top5_accuracy, f1_macro, balanced_accuracy, loss, samples and the extras'.
 
         `loss` is in nats and exact, whatever the batches were; `samples` is the number of images. `top5_accuracy` only

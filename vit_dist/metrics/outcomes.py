@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class SampleMetrics:
     """One entry for each image, in order."""
 
     labels: np.ndarray  # int64: the true class
@@ -19,8 +19,8 @@ class Outcomes:
     losses: np.ndarray  # float64: cross-entropy in nats; NaN where a logit is not finite
 
     @classmethod
-    def of(cls, rows: np.ndarray, images: int) -> Outcomes:
-        """Out of `judged` rows from all ranks, in any order, images that fill up a batch more than once.
+    def of(cls, rows: np.ndarray, images: int) -> SampleMetrics:
+        """Out of `sample_rows` rows from all ranks, in any order, images that fill up a batch more than once.
 
         RuntimeError unless there are exactly `images` of them.
         """
@@ -32,13 +32,13 @@ class Outcomes:
         return cls(labels, predicted, places, rows[:, 4])
 
 
-def judge(logits: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor) -> Outcomes:
+def sample_metrics(logits: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor) -> SampleMetrics:
     """The outcomes of images whose logits (n, classes) are at hand."""
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
-    return Outcomes.of(judged(logits, labels, torch.arange(len(labels))).numpy(), len(labels))
+    return SampleMetrics.of(sample_rows(logits, labels, torch.arange(len(labels))).numpy(), len(labels))
 
 
-def judged(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def sample_rows(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """float64 (n, 5) for logits (n, classes): index, label, predicted class, place, loss. No host sync."""
     logits = logits.double()
     own = logits.gather(1, labels[:, None])

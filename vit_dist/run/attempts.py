@@ -15,12 +15,12 @@ from typing import Any
 from vit_dist.batch import Batch
 from vit_dist.callbacks.metrics_file import truncate_metrics
 from vit_dist.checkpoint import store
-from vit_dist.checkpoint.load import obstacle
+from vit_dist.checkpoint.load import resume_incompatibility
 from vit_dist.config import Config, write_config
 from vit_dist.environment import integer, job
 from vit_dist.errors import UserError
 from vit_dist.files import is_sealed, refuse_links, replacing, seal
-from vit_dist.run.owner import LOCK
+from vit_dist.run.lock import LOCK
 from vit_dist.run.run_folder import (
     BEST,
     CLASSES,
@@ -30,7 +30,7 @@ from vit_dist.run.run_folder import (
     RECORD,
     STATUS,
     WRITTEN,
-    aside_of,
+    backup_path,
     describe,
     environment,
     is_new,
@@ -190,7 +190,7 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
     if lost and not any(store.checkpoints(folder)):
         raise UserError(
             f"{summary}, but its model ({folder / BEST}) was deleted, and there is no checkpoint to export it from; "
-            f"bring it back, or train anew: --fresh moves what is left to {aside_of(folder)}"
+            f"bring it back, or train anew: --fresh moves what is left to {backup_path(folder)}"
         )
     complete = complete and not lost
     if lost:
@@ -231,7 +231,7 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
             f"--model {folder / 'best'} --output_dir ANOTHER, or start over with --fresh"
         )
     if complete:
-        attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {aside_of(folder)}"
+        attempt.finished = f"{summary}. Nothing to do; --fresh starts over and moves it to {backup_path(folder)}"
     return attempt
 
 
@@ -263,10 +263,10 @@ def facts(
     }
 
 
-def move_aside(config: Config, attempt: Attempt) -> None:
+def archive_run(config: Config, attempt: Attempt) -> None:
     """What `--fresh` does with the earlier run. The folder may be a link: what it leads to is moved."""
     folder = config.output_dir.resolve()
-    aside = aside_of(folder)
+    aside = backup_path(folder)
     try:
         folder.rename(aside)
         folder.mkdir(mode=0o775)
@@ -333,7 +333,7 @@ def _clear(folder: Path, attempt: Attempt) -> None:
     store.clear(folder)
     for path in list(store.checkpoints(folder)):
         if store.step_of(path) > attempt.begins_at or not store.is_committed(path):
-            attempt.notes.append(f"{path.name} is kept as {store.set_aside(path).name}")
+            attempt.notes.append(f"{path.name} is kept as {store.quarantine(path).name}")
     if any(change["attempt"] == attempt.number for change in attempt.changes):
         truncate_metrics(folder / METRICS, attempt.begins_at)  # the rows after it were made with other settings
 
@@ -439,7 +439,7 @@ def _newest_checkpoint(
         if path not in broken:
             run = store.read_manifest(path).get("run")
             other = "it is of another run" if run != record.get("wandb_id", run) else None
-            broken[path] = (store.damage(path) or other) if path.is_dir() else "it is missing"
+            broken[path] = (store.integrity_error(path) or other) if path.is_dir() else "it is missing"
         return broken[path]
 
     def problem_of_both(path: Path) -> str | None:
@@ -454,7 +454,7 @@ def _newest_checkpoint(
             raise UserError(f"resume_from_checkpoint={asked}: {reason}")
         if reason:
             notes.append(f"{path.name} is passed over: {reason}")
-        elif reason := obstacle(path, strategy, world_size):
+        elif reason := resume_incompatibility(path, strategy, world_size):
             raise UserError(f"{path} cannot be resumed by this launch ({strategy}, {world_size} processes): {reason}")
         else:
             return str(path), notes

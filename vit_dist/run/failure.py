@@ -68,11 +68,11 @@ def interruption_recorded(folder: Path, attempt: Attempt) -> Iterator[None]:
 def recorded(
     folder: Path,
     attempt: Attempt,
-    whereabouts: Callable[[], dict[str, Any]],
+    failure_context: Callable[[], dict[str, Any]],
 ) -> Iterator[None]:
     """Any rank: if the block fails here first, status.json and failure.json say so.
 
-    `whereabouts` says what this rank was at, `committed` being the step that the run goes on from. A rank that was
+    `failure_context` says what this rank was at, `committed` being the step that the run goes on from. A rank that was
     killed cannot write anything itself; another one does.
     """
     try:
@@ -82,7 +82,7 @@ def recorded(
     except BaseException as error:
         lost = is_lost_connection(error) and _describe_lost(attempt.processes)
         if first_to_fail():
-            write(folder, error, attempt, whereabouts, lost or None)
+            write(folder, error, attempt, failure_context, lost or None)
         if lost:
             raise LostProcess(lost) from error
         if is_out_of_shared_memory(error):
@@ -110,7 +110,7 @@ def write(
     folder: Path,
     error: BaseException,
     attempt: Attempt,
-    whereabouts: Callable[[], dict[str, Any]],
+    failure_context: Callable[[], dict[str, Any]],
     lost: str | None = None,
 ) -> None:
     """status.json and failure.json of the process that failed first; never raises for a full disk.
@@ -132,7 +132,7 @@ def write(
         "traceback": redact("".join(traceback.format_exception(error))).splitlines(),
         **environment(),
     }
-    for more in (whereabouts, lambda: {"memory": memory()}):
+    for more in (failure_context, lambda: {"memory": memory()}):
         with contextlib.suppress(Exception):  # after an error of CUDA nothing on the device can be read
             facts |= more()
     if lost:

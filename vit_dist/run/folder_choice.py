@@ -21,7 +21,7 @@ from vit_dist.config import Config
 from vit_dist.data.listing import listed
 from vit_dist.errors import UserError
 from vit_dist.run import attempts, run_folder
-from vit_dist.run.owner import PATIENCE, FolderInUse, owned
+from vit_dist.run.lock import LOCK_TIMEOUT, RunFolderInUse, run_lock
 
 VARIABLE = "VIT_DIST_RUN_FOLDER"  # a batch script that has asked for the folder names it here for all processes
 MOST_TRIES = 100  # commands that take a folder in the moment when this one has chosen it
@@ -90,14 +90,14 @@ def _own(folder: Path, ours: str, held: contextlib.ExitStack) -> bool:
     """Own `folder` until `held` is closed; False if a process with other settings owns it.
 
     An owner locks the file first and writes its settings then, so a lock without settings is read again: a process on
-    a busy machine can stop between the two. Raises FolderInUse after `PATIENCE` seconds.
+    a busy machine can stop between the two. Raises FolderInUse after `LOCK_TIMEOUT` seconds.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
-            held.enter_context(owned(folder, 0, settings=ours))
+            held.enter_context(run_lock(folder, 0, settings=ours))
             return True
-        except FolderInUse as other:
+        except RunFolderInUse as other:
             if other.settings not in (ours, None):
                 return False
             if time.monotonic() > deadline:

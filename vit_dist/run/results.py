@@ -26,7 +26,7 @@ from vit_dist.run.trackers import Trackers
 from vit_dist.trainer import ExactTrainer
 
 
-def conclude(
+def finalize(
     config: Config,
     trainer: ExactTrainer,
     data: ImageData,
@@ -95,7 +95,7 @@ def discard_checkpoints(folder: Path) -> None:
         console.say(f"checkpoints in {folder} could not be deleted: {error.strerror}")
 
 
-def conclude_interrupted(
+def finalize_preempted(
     config: Config, trainer: ExactTrainer, by: stop.Interrupted, attempt: Attempt, trackers: Trackers | None
 ) -> None:
     """The end of a run that was asked to stop: what a batch system reads first, then the rest (rank 0 writes)."""

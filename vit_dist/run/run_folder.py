@@ -21,7 +21,7 @@ from vit_dist.environment import job
 from vit_dist.errors import UserError
 from vit_dist.files import read_object, refuse_links, replacing
 from vit_dist.redact import redact
-from vit_dist.run.owner import LOCK
+from vit_dist.run.lock import LOCK
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"
@@ -120,7 +120,7 @@ def keep_output(folder: Path, rank: int, environ: Mapping[str, str] = os.environ
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
 
 
-def aside_of(folder: Path) -> Path:
+def backup_path(folder: Path) -> Path:
     """<folder>.previous, or the first of <folder>.previous-2, -3, ... that is free: nothing is ever overwritten."""
     first = folder.resolve().with_name(folder.resolve().name + ".previous")
     return next(

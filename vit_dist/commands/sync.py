@@ -18,7 +18,7 @@ from vit_dist.errors import UserError
 from vit_dist.files import open_for_writing
 from vit_dist.parser import Parser
 from vit_dist.redact import redact
-from vit_dist.run.owner import owned
+from vit_dist.run.lock import run_lock
 
 # wandb has then sent all whole records, and leaves the attempt without its mark: it may be written yet.
 CUT_SHORT = "ends with an incomplete record"
@@ -61,7 +61,7 @@ def _is_pushed(attempt: Path) -> bool:
 def _in_use(run: Path) -> str | None:
     """Why the newest attempt may still grow. Pushing it now would leave out its rest: wandb would mark it as pushed."""
     try:
-        with owned(run, patience=0):
+        with run_lock(run, timeout=0):
             return None
     except UserError as error:
         return str(error)

@@ -23,7 +23,7 @@ logger = logging.getLogger("vit_dist")
 LOCK = ".lock"
 
 
-class FolderInUse(UserError):
+class RunFolderInUse(UserError):
     """Another process owns the run folder; `settings` is the digest of what it was started with, if that is known."""
 
     def __init__(self, message: str, settings: str | None) -> None:
@@ -31,13 +31,13 @@ class FolderInUse(UserError):
         self.settings = settings
 
 
-PATIENCE = 10.0  # seconds: processes whose launcher was killed need some to notice it
+LOCK_TIMEOUT = 10.0  # seconds: processes whose launcher was killed need some to notice it
 
 
 @contextlib.contextmanager
-def owned(
+def run_lock(
     folder: Path,
-    patience: float = PATIENCE,
+    timeout: float = LOCK_TIMEOUT,
     environ: Mapping[str, str] = os.environ,
     settings: str | None = None,
 ) -> Iterator[None]:
@@ -52,7 +52,7 @@ def owned(
     path = folder / LOCK
     try:
         make_folder(folder)
-        descriptor = _acquire(path, patience)
+        descriptor = _acquire(path, timeout)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error}") from None
     owner = {
@@ -78,8 +78,8 @@ def owned(
         os.close(descriptor)
 
 
-def _acquire(path: Path, patience: float) -> int:
-    deadline = time.monotonic() + patience
+def _acquire(path: Path, timeout: float) -> int:
+    deadline = time.monotonic() + timeout
     while True:
         descriptor = open_for_writing(path, 0, mode=0o644)
         try:
@@ -97,7 +97,7 @@ def _acquire(path: Path, patience: float) -> int:
             os.close(descriptor)
             if time.monotonic() > deadline:
                 message = f"{path.parent} is in use by {_describe(owner)}; wait for it, or stop it"
-                raise FolderInUse(message, _settings(owner)) from None
+                raise RunFolderInUse(message, _settings(owner)) from None
         time.sleep(0.2)
 
 

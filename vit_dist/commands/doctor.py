@@ -1,8 +1,8 @@
 """Check a launch before a long run: processes, data, caches, disk, network. Trains nothing, downloads nothing.
 
 vit-dist doctor [RECIPE] [--flag value ...]                              # one process per visible GPU
-torchrun --nproc-per-node 8 -m vit_dist.verbs.doctor configs/recipes/cifar10.yaml
-accelerate launch --config_file configs/accelerate/zero2.yaml -m vit_dist.verbs.doctor --data ~/photos
+torchrun --nproc-per-node 8 -m vit_dist.commands.doctor configs/recipes/cifar10.yaml
+accelerate launch --config_file configs/accelerate/zero2.yaml -m vit_dist.commands.doctor --data ~/photos
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from transformers import TrainingArguments
 
 from vit_dist import bundle, console, distributed, entry
 from vit_dist.batch import split_batch
+from vit_dist.commands import checks
+from vit_dist.commands.checks import MIB, Job, Process, Result
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.files import nearest_folder
 from vit_dist.run import attempts, folder_choice, run_folder
-from vit_dist.verbs import checks
-from vit_dist.verbs.checks import MIB, Job, Process, Result
 
 HELP = f"""usage: vit-dist doctor [RECIPE] [--flag value ...]
 
@@ -57,12 +57,12 @@ def doctor(config: Config) -> bool:
     idle_gpus = distributed.use_one_device()
     with waiting("launch"):
         config = folder_choice.settle(config, held=None)
-    precision = tried(checks.check_precision, config)
+    precision = run_check(checks.check_precision, config)
     batch = split_batch(config, distributed.launched_world_size(), attempts.batch_to_keep(config))
     with waiting("launch"):
         args = build_arguments(config, batch)  # joins the process group
-    memory = tried(checks.check_memory, args.device)  # before the first collective takes its share
-    asked = tried(lambda: Result("ok", strategy.prepare(args)))
+    memory = run_check(checks.check_memory, args.device)  # before the first collective takes its share
+    asked = run_check(lambda: Result("ok", strategy.prepare(args)))
     with waiting("launch"):
         job = Job(config, args, distributed.gather(this_process(args)), asked)
     versions = job.processes[args.process_index].versions
@@ -72,13 +72,13 @@ def doctor(config: Config) -> bool:
     # What a broken network would hold up comes last, and what was found before is on the screen by then.
     stages: tuple[Callable[[], dict[str, Result | None]], ...] = (
         lambda: {
-            "launch": tried(checks.check_launch, job, idle_gpus),
+            "launch": run_check(checks.check_launch, job, idle_gpus),
             "strategy": asked,
             "precision": precision,
             "versions": Result("ok", "compared between all ranks", versions, "install the same versions on all hosts"),
-            "code": tried(checks.check_code),
+            "code": run_check(checks.check_code),
         },
-        lambda: {name: tried(check, job) for name, check in checks.LOCAL.items()} | {"GPU memory": memory},
+        lambda: {name: run_check(check, job) for name, check in checks.LOCAL.items()} | {"GPU memory": memory},
         lambda: {"run folder": check_run_folder(job)},
         lambda: {"all-reduce": check_all_reduce(args)},
     )
@@ -90,7 +90,7 @@ def doctor(config: Config) -> bool:
     return failures > 0 and (args.world_size > 1 or distributed.launched_rank() == 0)
 
 
-def tried(check: Callable[..., Any], *args: Any) -> Any:
+def run_check(check: Callable[..., Any], *args: Any) -> Any:
     """What the check returns, or its failure as a result: the other ranks wait for this one in the next collective."""
     try:
         return check(*args)
@@ -197,13 +197,13 @@ def _version(package: str) -> str:
 def check_run_folder(job: Job) -> Result:
     """Every rank leaves a file where the run will be and looks for rank 0's (all ranks participate)."""
     folder = Path(os.path.abspath(job.config.output_dir))
-    levels, mine = [folder, *folder.parents], tried(_leave_file, job)
+    levels, mine = [folder, *folder.parents], run_check(_leave_file, job)
     path = mine if isinstance(mine, Path) else None
     try:
         with waiting("run folder", leftover=path):
             # By level, not by path: what rank 0 calls runs/a may be mounted elsewhere here.
             first = distributed.gather((levels.index(path.parent), path.name) if path else None)[0]
-            seen = first is None or tried(_appears, levels[first[0]] / first[1])
+            seen = first is None or run_check(_appears, levels[first[0]] / first[1])
             distributed.gather(None)  # all have looked
     finally:
         if path:
@@ -249,7 +249,7 @@ def check_all_reduce(args: TrainingArguments) -> Result:
     ranks, size = args.world_size, 16 * MIB if args.device.type == "cpu" else 256 * MIB
     if ranks == 1:
         return Result("skip", "one process")
-    tensor = tried(lambda: torch.empty(size // 4, device=args.device))
+    tensor = run_check(lambda: torch.empty(size // 4, device=args.device))
     short = isinstance(tensor, Result)
     if any(distributed.gather(short)):
         return tensor if short else Result("skip", "another rank has no memory for it")

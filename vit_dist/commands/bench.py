@@ -93,7 +93,7 @@ def run(config: Config, steps: int) -> dict[str, Any]:
         batch = split_batch(config, 1)
         args = build_arguments(config, batch)
         asked = strategy.prepare(args)
-        writer = CheckpointWriter(config, distributed.Channel())
+        writer = CheckpointWriter(config, distributed.GlooGroup())
         built = build(config, args, batch, asked, writer)
         batch = built.batch
         flops = count_flops(built.model.model, built.data.input_size)

@@ -59,9 +59,9 @@ def render(plan: dict[str, Any]) -> list[str]:
     time = plan["time"]
     if time["seconds"] is not None:
         limit = time["limit"]
-        judged = "" if limit is None else ", within the limit" if time["seconds"] < limit else ", MORE than the limit"
+        within = "" if limit is None else ", within the limit" if time["seconds"] < limit else ", MORE than the limit"
         lines.append(("time", f"{_clock(time['seconds'])} of training at {time['images_per_second']:,.0f} images/s "
-                              f"({time['source']}){judged}"))  # fmt: skip
+                              f"({time['source']}){within}"))  # fmt: skip
     else:
         cure = "give --images_per_second, or finish a run of this model on this machine"
         on_gpus = "give --images_per_second, or plan beside a finished run of this model"

@@ -20,7 +20,7 @@ LINKS = {  # GB/s in one direction, peaks: of a GPU's NVLink or slot, of one net
 
 
 @dataclass(frozen=True)
-class Machines:
+class ClusterSpec:
     nodes: int
     gpus: int  # on each node
     gpu: str | None
@@ -35,7 +35,7 @@ class Machines:
         return self.nodes * self.gpus
 
 
-def read_machines(asked: argparse.Namespace, on_cpu: bool = False) -> Machines:
+def read_cluster_spec(asked: argparse.Namespace, on_cpu: bool = False) -> ClusterSpec:
     """Of the flags of `vit-dist plan`; `on_cpu`: this machine's CPU unless they name machines. Raises UserError."""
     named = ("gpus", "nodes", "gpu", "gpu_memory", "link", "node_link", "replicas")
     on_cpu = on_cpu and asked.strategy in ("auto", "single") and all(getattr(asked, name) is None for name in named)
@@ -51,25 +51,25 @@ def read_machines(asked: argparse.Namespace, on_cpu: bool = False) -> Machines:
     if asked.images_per_second is not None and not 0 < asked.images_per_second < math.inf:
         raise UserError(f"--images_per_second {asked.images_per_second}: give a number above 0")
     if on_cpu:
-        return Machines(1, 1, None, None, 1, None, None, cpu=True)
+        return ClusterSpec(1, 1, None, None, 1, None, None, cpu=True)
     if asked.node_link is not None and asked.nodes == 1:
         raise UserError(f"--node_link {asked.node_link}: there is one node; give --link")
     replicas, processes = asked.replicas or asked.nodes, asked.nodes * asked.gpus
     if not 1 <= replicas <= processes or processes % replicas:
         raise UserError(f"--replicas {replicas}: {processes} GPUs cannot be shared by as many; give a divisor")
-    machines = Machines(
+    machines = ClusterSpec(
         asked.nodes, asked.gpus, asked.gpu, None if memory is None else memory * 1e9, replicas,
         _link("link", asked.link), _link("node_link", asked.node_link),
     )  # fmt: skip
-    if asked.strategy != "auto" and asked.strategy not in possible(machines):
+    if asked.strategy != "auto" and asked.strategy not in valid_strategies(machines):
         raise UserError(
             f"--strategy {asked.strategy} is not for {asked.nodes} x {asked.gpus} GPUs; there are "
-            f"{', '.join(possible(machines))}" + ("; hsdp needs --replicas 2 or more" if asked.gpus > 3 else "")
+            f"{', '.join(valid_strategies(machines))}" + ("; hsdp needs --replicas 2 or more" if asked.gpus > 3 else "")
         )
     return machines
 
 
-def possible(machines: Machines) -> list[str]:
+def valid_strategies(machines: ClusterSpec) -> list[str]:
     if machines.cpu:
         return ["single"]
     if machines.processes == 1:

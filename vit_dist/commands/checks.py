@@ -68,7 +68,7 @@ class Job:
 def check_precision(config: Config) -> Result:
     from vit_dist import strategy
 
-    strategy.check_owners(config.precision)
+    strategy.reject_launcher_overrides(config.precision)
     return Result("ok", config.precision)
 
 

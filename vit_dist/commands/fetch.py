@@ -164,7 +164,7 @@ def _is_there(folder: Path, wanted: Mapping[str, Any], now: Mapping[str, str]) -
     except UserError:
         return False
     same = all(manifest[kind] is not None and manifest[kind]["commit"] == commit for kind, commit in now.items())
-    return same and not bundle.lacks(manifest, wanted) and not bundle.damages(folder, manifest)
+    return same and not bundle.lacks(manifest, wanted) and not bundle.integrity_errors(folder, manifest)
 
 
 def _use_caches_in(folder: Path, argv: Sequence[str]) -> None:
@@ -183,7 +183,7 @@ def _use_caches_in(folder: Path, argv: Sequence[str]) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "vit_dist.verbs.fetch", *argv], environ)
+    os.execve(sys.executable, [sys.executable, "-m", "vit_dist.commands.fetch", *argv], environ)
 
 
 def _make(partial: Path, wanted: Mapping[str, Any], config: Config) -> None:
@@ -290,7 +290,7 @@ def _put(made: Path, folder: Path) -> None:
 def verify(folder: Path) -> None:
     """Compare every file of a bundle with its manifest. Raises UserError, naming what differs."""
     manifest = bundle.read(folder)
-    differ = bundle.damages(folder, manifest)
+    differ = bundle.integrity_errors(folder, manifest)
     if not differ:
         found = _files(folder)
         differ = [f"{name} was changed" for name, facts in manifest["files"].items() if found.get(name) != facts]

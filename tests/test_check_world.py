@@ -26,16 +26,16 @@ def as_arguments(rank: int, world_size: int = 1) -> Any:
 def call(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo")
     told = {"VIT_DIST_CPUS": "1", "LOCAL_WORLD_SIZE": "2"}
-    seats, summed = distributed.roll_call(as_arguments(rank), told)
-    assert summed.startswith("all-reduce of 1 to 2: 3, in ")
-    assert [row[0] for row in seats] == ["rank", "0", "1"] and {row[2] for row in seats[1:]} == {"cpu"}
-    assert len({row[-1] for row in seats[1:]}) == 2, "each has a process of its own"
+    rank_table, allreduce_report = distributed.check_world(as_arguments(rank), told)
+    assert allreduce_report.startswith("all-reduce of 1 to 2: 3, in ")
+    assert [row[0] for row in rank_table] == ["rank", "0", "1"] and {row[2] for row in rank_table[1:]} == {"cpu"}
+    assert len({row[-1] for row in rank_table[1:]}) == 2, "each has a process of its own"
     with pytest.raises(UserError, match=f"the job has 2 nodes, but its 2 processes run on 1: {os.uname().nodename}"):
-        distributed.roll_call(as_arguments(rank), {"VIT_DIST_HOSTS": "2"})
+        distributed.check_world(as_arguments(rank), {"VIT_DIST_HOSTS": "2"})
     if rank == 1:  # a device that does not add up
         distributed.add_up = lambda tensor: dist.all_reduce(tensor.mul_(2))
     with pytest.raises(UserError, match=r"an all-reduce of 1 to 2 gave 5, not 3"):
-        distributed.roll_call(as_arguments(rank), told)
+        distributed.check_world(as_arguments(rank), told)
     Path(folder, str(rank)).touch()
 
 

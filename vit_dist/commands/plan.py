@@ -19,14 +19,14 @@ from typing import Any
 
 from vit_dist import bundle, console, distributed
 from vit_dist.batch import scaled_learning_rate, split_batch
+from vit_dist.commands import earlier
+from vit_dist.commands.cluster_spec import GPU_MEMORY, LINKS, ClusterSpec, read_cluster_spec
+from vit_dist.commands.plan_text import render
 from vit_dist.config import Config, load_config
 from vit_dist.errors import UserError
 from vit_dist.parser import Parser
 from vit_dist.run import run_folder
 from vit_dist.terminal import show
-from vit_dist.verbs import earlier
-from vit_dist.verbs.machines import GPU_MEMORY, LINKS, Machines, read_machines
-from vit_dist.verbs.plan_text import render
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked, rest = parser.parse_known_args(argv)
         _seconds(asked.time_limit)
         config = load_config(of_run_folder(rest))
-        plan = make(config, read_machines(asked, config.training["use_cpu"] or not _sees_gpu()), asked)
+        plan = make(config, read_cluster_spec(asked, config.training["use_cpu"] or not _sees_gpu()), asked)
     except UserError as error:
         console.show_error(f"error: {error}")
         return 2
@@ -88,18 +88,18 @@ def _parser() -> Parser:
     return parser
 
 
-def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[str, Any]:
+def make(config: Config, machines: ClusterSpec, asked: argparse.Namespace) -> dict[str, Any]:
     """The plan as plain values (bytes, seconds, images). Reads the data's index, a few images, the model's config."""
     # Slow to import; a mistake in the command should be told at once.
     from vit_dist.arguments import reporters
+    from vit_dist.commands.plan_strategies import compare_strategies
     from vit_dist.data.pipeline import build_data
     from vit_dist.data.resident import resident_bytes
     from vit_dist.data.sampler import GlobalBatchSampler
     from vit_dist.metrics import ClassificationMetrics
-    from vit_dist.model import differing_draws, random_draws, skeleton
+    from vit_dist.model import differing_draws, meta_model, random_draws
     from vit_dist.schedule import curve, describe_rate, total_steps, warmup_steps
     from vit_dist.trainer import require_metric
-    from vit_dist.verbs.plan_strategies import weigh
 
     bundle.check(config)
     if config.finds_batch and machines.memory is None and not machines.cpu:
@@ -113,7 +113,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     data = build_data(quick, config.model, config.data_seed, console.progress)
     require_metric(config.training["metric_for_best_model"], ClassificationMetrics(data.classes, config.run.metrics))
     reporters(config)
-    model = skeleton(config.model, data.classes, data.input_size, cache_dir=config.data.cache_dir)
+    model = meta_model(config.model, data.classes, data.input_size, cache_dir=config.data.cache_dir)
     sampler = GlobalBatchSampler(
         len(data.train), per_device_batch=batch.per_device, gradient_accumulation=batch.accumulation,
         world_size=batch.world_size, rank=0, seed=0, drop_last=config.training["dataloader_drop_last"],
@@ -121,7 +121,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     steps = total_steps(config, sampler.steps_per_epoch)
     source = "processor" if machines.cpu and config.data.image_source == "auto" else config.data.image_source
     images = resident_bytes(data, source, machines.memory)
-    weighed, batch = weigh(config, machines, batch, model, data.input_size, asked.strategy, images)
+    weighed, batch = compare_strategies(config, machines, batch, model, data.input_size, asked.strategy, images)
     plan: dict[str, Any] = {
         "source": config.source,
         "machines": {**asdict(machines), "processes": machines.processes, "cores": distributed.cores()},
@@ -147,7 +147,7 @@ def make(config: Config, machines: Machines, asked: argparse.Namespace) -> dict[
     return plan
 
 
-def _time(config: Config, machines: Machines, images: int, asked: argparse.Namespace) -> dict[str, Any]:
+def _time(config: Config, machines: ClusterSpec, images: int, asked: argparse.Namespace) -> dict[str, Any]:
     """Seconds of training, if a speed was given or an earlier run of the same model has measured one."""
     rate, source = asked.images_per_second, "--images_per_second"
     if rate is None and (known := earlier.find(config, machines)):

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from vit_dist.auto_batch import search
 from vit_dist.batch import Batch
+from vit_dist.commands.cluster_spec import ClusterSpec, valid_strategies
 from vit_dist.config import Config
 from vit_dist.cost import memory, traffic
-from vit_dist.strategy import mark_blocks
-from vit_dist.verbs.machines import Machines, possible
+from vit_dist.strategy import set_fsdp_wrap_policy
 
 # The cheapest first; hsdp before fsdp2 on several nodes.
 AUTO = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3_offload")
@@ -29,9 +29,9 @@ REASONS = {
 }
 
 
-def weigh(
+def compare_strategies(
     config: Config,
-    machines: Machines,
+    machines: ClusterSpec,
     batch: Batch,
     model: PreTrainedModel,
     side: int,
@@ -42,11 +42,14 @@ def weigh(
     `why`; `fits`; `disk`. With it the batch as that strategy splits it: each finds a micro-batch of its own if it is to
     be found. `side` in pixels; `images`: bytes of them that stay on each GPU.
     """
-    mark_blocks(model)
+    set_fsdp_wrap_policy(model)
     checkpointing = bool(config.training.get("activation_checkpointing") or config.training["gradient_checkpointing"])
     saved = memory.activations(model, side, config.precision, checkpointing)
     tensors = memory.Tensors.of(model)
-    each = {name: _Strategy(name, config, machines, tensors, saved, images).row(batch) for name in possible(machines)}
+    each = {
+        name: _Strategy(name, config, machines, tensors, saved, images).row(batch)
+        for name in valid_strategies(machines)
+    }
     table = {name: row for name, (row, _) in each.items()}
     chosen, why = _choose(asked, table, machines, config.finds_batch)
     return {
@@ -66,7 +69,7 @@ def weigh(
 class _Strategy:
     name: str
     config: Config
-    machines: Machines
+    machines: ClusterSpec
     tensors: memory.Tensors
     saved: memory.Activations
     images: int
@@ -132,7 +135,7 @@ class _Strategy:
         return traffic.Group(one.devices, nodes, speed)
 
 
-def _choose(asked: str, table: dict[str, dict[str, Any]], machines: Machines, finds_batch: bool) -> tuple[str, str]:
+def _choose(asked: str, table: dict[str, dict[str, Any]], machines: ClusterSpec, finds_batch: bool) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
     if "single" in table and table["single"]["fits"] in (None, True):

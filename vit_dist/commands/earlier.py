@@ -6,9 +6,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from vit_dist.commands.cluster_spec import ClusterSpec, is_named
 from vit_dist.config import Config
 from vit_dist.run import run_folder
-from vit_dist.verbs.machines import Machines, is_named
 
 MOST = 200  # of the newest runs beside this one that are looked into
 SAME = (  # settings that decide what an image costs
@@ -17,7 +17,7 @@ SAME = (  # settings that decide what an image costs
 )  # fmt: skip
 
 
-def find(config: Config, machines: Machines) -> tuple[float, str] | None:
+def find(config: Config, machines: ClusterSpec) -> tuple[float, str] | None:
     """Images/s on `machines` and where they were measured; None if no run here has the model, size and device.
 
     Looks into the run's own folder first, then into those beside it, the newest first.

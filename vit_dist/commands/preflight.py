@@ -1,6 +1,6 @@
 """What can be told of a run before processes are started for it: wrong settings, a missing folder.
 
-python -m vit_dist.verbs.preflight [RECIPE] [--flag value ...]
+python -m vit_dist.commands.preflight [RECIPE] [--flag value ...]
 
 Writes nothing, and reads no image and no weights; asks the hub only for what is not in the cache. Prints the run folder
 on the last line.
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from vit_dist import bundle, console, entry
+from vit_dist.commands import checks
 from vit_dist.config import Config, load_config
 from vit_dist.run import attempts, folder_choice
-from vit_dist.verbs import checks
 
 
 def check(config: Config) -> Config:

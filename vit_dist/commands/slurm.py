@@ -4,7 +4,7 @@ vit-dist slurm train cifar10
 vit-dist slurm -N 4 --gpus-per-node 8 -p gpu --time 8:00:00 -- train cifar10 --strategy fsdp2 --print
 vit-dist slurm --time 1:00:00 -- sweep configs/sweeps/lr.yaml --throttle 4
 
-Options before `--` go to sbatch unchanged. What follows the verb is for `vit-dist train`, `doctor` or `sweep`. This
+Options before `--` go to sbatch unchanged. What follows the command is for `vit-dist train`, `doctor` or `sweep`. This
 command checks it before the job is queued; the scripts in slurm/ check the nodes.
 """
 
@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vit_dist import console
+from vit_dist.commands import preflight, sweep
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
 from vit_dist.launch import strategies
 from vit_dist.parser import Parser
-from vit_dist.verbs import preflight, sweep
 
 USAGE = "usage: vit-dist slurm [sbatch options --] train|doctor|sweep ... [--strategy NAME] [--throttle K] [--print]"
-VERBS = ("train", "doctor", "sweep")
+COMMANDS = ("train", "doctor", "sweep")
 PASSED = (  # of the environment, what the scripts read
     "PYTHON", "NPROC_PER_NODE", "OMP_NUM_THREADS", "VIT_DIST_BUNDLE", "VIT_DIST_ROOT", "CONTAINER_IMAGE",
     "CONTAINER_MOUNTS", "HSDP_REPLICAS",
@@ -44,8 +44,8 @@ class Request:
     """A command line, taken apart."""
 
     sbatch: list[str]  # the words before `--`
-    verb: str
-    arguments: list[str]  # what follows the verb, without our own options
+    command: str
+    arguments: list[str]  # what follows the command, without our own options
     strategy: str | None
     throttle: int | None  # members of a sweep that run at once
     show: bool  # --print
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         request = parse(words)
-        script = strategies.root() / "slurm" / ("sweep.sh" if request.verb == "sweep" else "train.sh")
+        script = strategies.root() / "slurm" / ("sweep.sh" if request.command == "sweep" else "train.sh")
         with _folder_of_job(request.sbatch):
             array, notes = check(request)
         command = sbatch_command(request, array, script)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Request:
-    """Raises UserError for a command line without a verb, or whose options of sbatch do not end with `--`."""
+    """Raises UserError for a command line without a command, or whose options of sbatch do not end with `--`."""
     options: list[str] = []
     rest = list(words)
     if rest and rest[0].startswith("-"):
@@ -94,10 +94,10 @@ def parse(words: Sequence[str]) -> Request:
             raise UserError("put `--` behind the options of sbatch: vit-dist slurm -N 4 -- train ...")
         end = rest.index("--")
         options, rest = rest[:end], rest[end + 1 :]
-    if not rest or rest[0] not in VERBS:
-        near = difflib.get_close_matches(rest[0], VERBS, n=1) if rest else []
-        what = f"{rest[0]} is no verb" if rest else "there is no verb"
-        hint = f"did you mean {near[0]}?" if near else f"verbs are {', '.join(VERBS)}"
+    if not rest or rest[0] not in COMMANDS:
+        near = difflib.get_close_matches(rest[0], COMMANDS, n=1) if rest else []
+        what = f"{rest[0]} is no command" if rest else "there is no command"
+        hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
         raise UserError(f"{what}; {hint}; see vit-dist slurm --help")
     parser = Parser(prog="vit-dist slurm", add_help=False, allow_abbrev=False)
     parser.add_argument("--strategy")
@@ -125,7 +125,7 @@ def value(options: Sequence[str], long: str, short: str | None = None) -> str | 
 def check(request: Request) -> tuple[str | None, list[str]]:
     """The job array of a sweep, and remarks. Raises UserError for what a job would stop at."""
     array, notes = None, []
-    if request.verb == "sweep":
+    if request.command == "sweep":
         if not request.arguments or request.arguments[0].startswith("-"):
             raise UserError("the sweep's file comes first: vit-dist slurm [sbatch options --] sweep SWEEP.yaml ...")
         asked = sweep.read(Path(request.arguments[0]))
@@ -162,8 +162,8 @@ def _array(request: Request, asked: sweep.Sweep) -> str | None:
 
 def sbatch_command(request: Request, array: str | None, script: Path) -> list[str]:
     strategy = ["--strategy", request.strategy] if request.strategy is not None else []
-    first = request.arguments[:1] if request.verb == "sweep" else [request.verb]
-    rest = request.arguments[1:] if request.verb == "sweep" else request.arguments
+    first = request.arguments[:1] if request.command == "sweep" else [request.command]
+    rest = request.arguments[1:] if request.command == "sweep" else request.arguments
     given = [*request.sbatch, *([f"--array={array}"] if array else [])]
     return ["sbatch", *given, str(script), *first, *strategy, *rest]
 

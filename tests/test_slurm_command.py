@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from lab import fork
 
+from vit_dist.commands import slurm
 from vit_dist.errors import UserError
-from vit_dist.verbs import slurm
 
 ROOT = Path(__file__).parents[1]
 SBATCH = f"""#!{sys.executable}
@@ -98,7 +98,7 @@ def test_words_of_the_user_reach_sbatch_unchanged(login: Login) -> None:
 )  # fmt: skip
 def test_options_before_the_two_dashes_are_those_of_sbatch(options: str) -> None:
     request = slurm.parse([*options.split(), "--", "train", "digits", "--run_name", "doctor"])
-    assert (request.verb, request.arguments) == ("train", ["digits", "--run_name", "doctor"])
+    assert (request.command, request.arguments) == ("train", ["digits", "--run_name", "doctor"])
     assert request.sbatch == options.split()
 
 
@@ -111,11 +111,11 @@ def test_option_of_sbatch_is_read_in_each_spelling(options: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is no verb"),
-        (["-N", "2", "--"], "there is no verb"),
+        ([], "there is no command"),
+        (["-N", "2", "--"], "there is no command"),
         (["-N", "2", "train", "digits"], "put `--` behind the options of sbatch"),
-        (["-N", "2", "--", "trian"], "trian is no verb; did you mean train"),
-        (["digits"], "digits is no verb; verbs are train, doctor, sweep"),
+        (["-N", "2", "--", "trian"], "trian is no command; did you mean train"),
+        (["digits"], "digits is no command; commands are train, doctor, sweep"),
         (["train", "--strategy"], "expected one argument"),
         (["train", "--throttle", "2"], "--throttle K is for a sweep"),
         (["sweep", "a.yaml", "--throttle", "0"], "1 or more"),
