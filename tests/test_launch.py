@@ -237,6 +237,7 @@ def test_flags_of_the_command_line_win_over_variables(scripts: Scripts) -> None:
         assert [value(found, flag) for flag in names] == ["2", "1", "4", "10.0.0.1", "29871"]
         assert found[-4:] == ["-m", "vit_dist.train", "--seed", "1"]
     assert scripts.error("torchrun", "--nproc", "x").startswith("error: --nproc is 'x' on ")
+    assert "--strategy needs a name" in scripts.error("torchrun", "--strategy=")
     assert scripts.error("torchrun", "--nodes", "2", "--node_rank", "0").startswith("error: --nodes is 2, but MASTER")
 
 

@@ -352,3 +352,37 @@ def test_table_of_unlabelled_images_beside_the_labelled_ones_is_named_as_not_use
     assert "not used: test.csv" in source.description and "3 of 8 images in the folder are in no row" in (
         source.description
     )
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_guessed_label_column_beside_class_folders_of_other_classes_is_refused(tmp_path: Path, agree: bool) -> None:
+    rows = []
+    for number, kind in enumerate(("cat", "dog")):
+        images(tmp_path / "d" / kind, [f"{row}.png" for row in range(4)])
+        rows += [f"{kind}/{row}.png,{('Katze', 'Hund')[number if agree else row % 2]}" for row in range(4)]
+    write(tmp_path / "d" / "t.csv", "\n".join(["Dateiname,Klasse", *rows]) + "\n")
+    if agree:
+        assert set(load(tmp_path / "d").tables["train"]["label"]) == {"Katze", "Hund"}
+        return
+    said = refusal(tmp_path / "d")
+    assert "column Klasse of t.csv, or the folders (cat, dog): pass --label_column_name Klasse" in said
+    assert set(load(tmp_path / "d", label_column_name="Klasse").tables["train"]["label"]) == {"Katze", "Hund"}
+    assert set(load(tmp_path / "d", class_folders="top").tables["train"]["label"]) == {"cat", "dog"}
+
+
+def test_guessed_label_column_of_images_in_folders_of_patients_is_read(tmp_path: Path) -> None:
+    rows = []
+    for patient in ("1001", "1002", "1003"):
+        images(tmp_path / "d" / patient, [f"{row}.png" for row in range(4)])
+        rows += [f"{patient}/{row}.png,{('benign', 'malignant')[row % 2]}" for row in range(4)]
+    write(tmp_path / "d" / "t.csv", "\n".join(["file,diagnosis", *rows]) + "\n")
+    assert set(load(tmp_path / "d").tables["train"]["label"]) == {"benign", "malignant"}
+
+
+def test_masks_beside_the_images_of_a_table_are_no_class_folders(tmp_path: Path) -> None:
+    images(tmp_path / "d" / "images", NAMES)
+    for kind in ("lung", "heart"):
+        images(tmp_path / "d" / "masks" / kind, NAMES)
+    rows = [f"images/{name},{'ab'[row % 2]}" for row, name in enumerate(NAMES)]
+    write(tmp_path / "d" / "t.csv", "\n".join(["image,label", *rows]) + "\n")
+    assert len(load(tmp_path / "d").tables["train"]) == len(NAMES)

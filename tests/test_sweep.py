@@ -18,6 +18,7 @@ from lab import fork
 from vit_dist import cli
 from vit_dist.commands import sweep
 from vit_dist.errors import UserError
+from vit_dist.launch.gpus import Gpus
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -166,12 +167,17 @@ def test_sweep_table_shows_state_and_results_of_members(write: Write, capsys: py
 def test_sweep_member_trains_on_all_gpus_in_the_sweeps_group(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("recipe: digits\ngrid: {seed: [1, 2]}\n")
     started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append([*command, os.environ["WANDB_RUN_GROUP"]]))
-    monkeypatch.setattr(cli, "_visible_gpus", lambda: 2)
-    monkeypatch.setattr("vit_dist.train.main", lambda argv: 0)  # execv would not have come back
+
+    def execv(program: str, command: list[str]) -> None:
+        started.append([*command, os.environ["WANDB_RUN_GROUP"]])
+        raise SystemExit(0)  # it does not come back
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(cli, "visible_gpus", lambda: Gpus(2))
     with mock.patch.dict(os.environ):  # not replaced: modules keep a reference to it
         for group in ("try", "mine"):
-            assert cli.main(["sweep", str(path), "--run", "1", "--bf16"]) == 0
+            with pytest.raises(SystemExit):
+                cli.main(["sweep", str(path), "--run", "1", "--bf16"])
             assert started[-1][-6:] == [
                 "digits", "--seed=2", "--output_dir=runs/try/seed=2", "--run_name=seed=2", "--bf16", group,
             ]  # fmt: skip

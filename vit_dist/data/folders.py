@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from vit_dist.data.index import FolderIndex
 from vit_dist.data.layout import Layout, read_layout
 from vit_dist.data.listing import counted, listed
+from vit_dist.data.split_words import is_mask
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
@@ -97,11 +98,26 @@ def without_row(root: Path, index: FolderIndex, tables: Iterable[datasets.Datase
     return missing.to_numpy(zero_copy_only=False), embedded
 
 
+def same_classes(root: Path, layout: Layout, tables: Mapping[str, datasets.Dataset]) -> bool:
+    """Whether the labels of the tables are the classes of the folders that their images lie in, under any names."""
+    class_of = {folder: name for split in layout.splits.values() for folder, name in split.items()}
+    pairs = set()
+    for table in tables.values():
+        images = table.select_columns(["image"]).with_format("arrow")[:]["image"]
+        for path, label in zip(pc.struct_field(images, "path").to_pylist(), table["label"], strict=True):
+            if path is None:
+                return False
+            folder = os.path.relpath(os.path.dirname(path), root)
+            pairs.add((class_of.get(folder, folder), label))
+    return len(pairs) == len({name for name, _ in pairs}) == len({label for _, label in pairs})
+
+
 def folders_without_row(index: FolderIndex, missing: np.ndarray) -> list[str]:
     """Folders side by side of which no image is in a row, if they hold at least as many images as the rows name."""
     counts = np.bincount(index.folder_of, minlength=len(index.folders))
     lost = np.bincount(index.folder_of[missing], minlength=len(index.folders))
     whole = [number for number in np.flatnonzero(counts) if counts[number] == lost[number]]
+    whole = [number for number in whole if not any(map(is_mask, index.folders[number].split("/")))]
     beside: dict[str, list[int]] = {}
     for number in whole:
         beside.setdefault(index.folders[number].rpartition("/")[0], []).append(int(number))

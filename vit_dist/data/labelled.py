@@ -45,6 +45,7 @@ class Labelled:
     notes: list[str]
     unused: list[str]  # rows that play no role
     by_column: bool  # whether a column assigned the rows to splits
+    guessed: str | None  # column of the training labels, if its name alone says that it holds them
 
 
 def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> Labelled:
@@ -54,6 +55,7 @@ def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> La
     """
     tables: dict[str, datasets.Dataset] = {}
     columns: dict[str, SplitColumn | None] = {}
+    guessed: str | None = None
     notes: dict[str, None] = {}
     asked = {role: getattr(options, f"{role}_split") for role in ROLES} if len(splits) == 1 else None
     for role, rows in splits.items():
@@ -73,11 +75,13 @@ def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> La
             is_guessed = options.image_column_name is None and is_guess(image, rows.table.features[image])
             chosen = [guess, *chosen] if is_guessed else chosen
             chosen = [f"images in column {image}, labels in {label}", *chosen]
+            if options.label_column_name is None and is_guess(label, rows.table.features[label]):
+                guessed = label
         columns[role] = find_split_column(rows.table, (image, label), options.split_column_name, asked, where)
         tables[role], found = _common(rows, image, label, options, where)
         notes.update(dict.fromkeys([*rows.notes, *chosen, *found]))
     tables, more, unused = _by_column(tables, columns, splits["train"].origin.where)
-    return Labelled(tables, [*notes, *more, *_repeated(tables)], unused, bool(more))
+    return Labelled(tables, [*notes, *more, *_repeated(tables)], unused, bool(more), guessed)
 
 
 def _common(

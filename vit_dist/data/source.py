@@ -16,7 +16,15 @@ import pyarrow as pa
 
 from vit_dist.data.cache import cache_folder
 from vit_dist.data.columns import NoLabelColumn, common_table, image_column, split_roles, usual_role
-from vit_dist.data.folders import class_tables, folder_notes, folders_without_row, is_used, layout_of, without_row
+from vit_dist.data.folders import (
+    class_tables,
+    folder_notes,
+    folders_without_row,
+    is_used,
+    layout_of,
+    same_classes,
+    without_row,
+)
 from vit_dist.data.hub import datasets_cache, load_hub
 from vit_dist.data.image_paths import Origin
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
@@ -27,7 +35,7 @@ from vit_dist.data.mask_files import without_masks
 from vit_dist.data.shards import require_labels
 from vit_dist.data.split import stratified_split
 from vit_dist.data.split_column import find_split_column
-from vit_dist.data.split_words import split_word
+from vit_dist.data.split_words import are_ids, split_word
 from vit_dist.data.table_files import group_by_split, is_side_table, split_side_tables
 from vit_dist.data.tables import column_names, extension, has_images, numbered, read_rows, split_lists
 from vit_dist.data.unread_lists import lists_that_name_images
@@ -52,6 +60,7 @@ class Source:
     description: str  # one line: what was understood
     revision: str | None = None  # commit of a hub data set
     notes: list[str] = field(default_factory=list)  # what was decided on the way
+    guessed: str | None = None  # column of the labels, if nothing but a likely name says so
 
 
 def load_source(options: DataOptions) -> Source:
@@ -260,6 +269,13 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], side: list
             f"all lie in class folders ({listed(layout.classes, 80)}): pass --class_folders top for the folders, or "
             f"--data {shortened(str(root / _main_table(tables)), 150)} for the table"
         )
+    if layout is not None and not asked and source.guessed and not _agree(root, layout, source):
+        column = shortened(source.guessed)
+        raise UserError(
+            f"{shortened(str(root), 120)}: the classes are column {column} of {listed(tables, 80)}, or the folders "
+            f"({listed(layout.classes, 80)}): pass --label_column_name {column} for the column, or --class_folders top "
+            "for the folders"
+        )
     if layout is None and not asked and (folders := folders_without_row(index, rowless)):
         table = shortened(str(root / _main_table(tables)), 120)
         labelled = f"{listed(tables, 80)} labels {total - missing:,} of {total:,} images"
@@ -282,6 +298,11 @@ def _flags_for_folders(root: Path, index: FolderIndex, options: DataOptions) -> 
             if len(layout_of(root, index, replace(options, class_folders="top", test_split=test)).classes) > 1:
                 return f"--class_folders top{flags}"
     return None
+
+
+def _agree(root: Path, layout: Layout, source: Source) -> bool:
+    """Whether the folders say nothing against the labels: patients or parts of a data set, or the same classes."""
+    return len(layout.classes) < 2 or are_ids(layout.classes) or same_classes(root, layout, source.tables)
 
 
 def _main_table(tables: list[str]) -> str:
@@ -375,7 +396,8 @@ def _source(
         raise refusal
     names = getattr(made.tables["train"].features["label"], "names", None)
     notes = [kind, *made.notes]
-    return Source(made.tables, names, _describe(where, notes, made.tables, {*unused, *made.unused}), revision)
+    described = _describe(where, notes, made.tables, {*unused, *made.unused})
+    return Source(made.tables, names, described, revision, guessed=made.guessed)
 
 
 def _describe(where: str, notes: list[str], tables: dict[str, datasets.Dataset], unused: Collection[str]) -> str:

@@ -22,8 +22,8 @@ class Gpus:
 def visible_gpus(environ: Mapping[str, str] = os.environ, ask_torch: bool = True) -> Gpus:
     """Raises UserError for a CUDA_VISIBLE_DEVICES that names a GPU that nvidia-smi does not list.
 
-    CUDA itself would ignore it and all that follow it. Takes 0.1 s; without nvidia-smi PyTorch counts, which takes
-    seconds, unless `ask_torch` is false.
+    CUDA itself would ignore it and all that follow it. Takes 0.1 s. Where nvidia-smi is missing or fails, PyTorch
+    counts, in a second or more, unless `ask_torch` is false.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
@@ -33,6 +33,8 @@ def visible_gpus(environ: Mapping[str, str] = os.environ, ask_torch: bool = True
         return Gpus(count, "" if count else "there is no nvidia-smi")
     listed, problem = _listed()
     present = sum(line.startswith("GPU ") for line in listed.splitlines())
+    if problem and ask_torch and (count := _torch_count()):
+        return Gpus(count)  # a container may have the driver and no working nvidia-smi
     if visible is None or not present:
         return Gpus(present, "" if present else problem or "nvidia-smi lists none")
     ids = [one.strip() for one in visible.split(",")]

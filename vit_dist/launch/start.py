@@ -41,12 +41,14 @@ class Start:
 
 def split_flags(argv: Sequence[str], environ: MutableMapping[str, str] = os.environ) -> tuple[Asked, list[str]]:
     """The launch flags in `argv`, and all other words."""
-    parser = Parser(prog="vit-dist", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="vit-dist train", add_help=False, allow_abbrev=False)
     parser.add_argument("--strategy")
     for name in FLAGS:
         parser.add_argument(f"--{name}")
     parser.add_argument("--dry_run", action="store_true")
     flags, rest = parser.parse_known_args(list(argv))
+    if flags.strategy == "":
+        raise UserError("--strategy needs a name, such as ddp or fsdp2")
     return Asked.of(flags, environ), rest
 
 
