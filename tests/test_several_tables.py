@@ -9,6 +9,8 @@ from image_fixtures import png
 from test_table_files import table
 from test_tables import load, refusal
 
+from vit_dist.data.split import class_list, encode_labels
+
 NAMES = [f"n{number}.png" for number in range(8)]
 
 
@@ -273,7 +275,9 @@ def test_one_attribute_of_several_is_used_if_named_and_the_others_are_said_to_be
     assert said.endswith("write one column label, or take one with --label_column_name Smiling")
     source = load(tmp_path / "t.csv", label_column_name="Smiling")
     assert f"not used: Young, Male ({held}, as in Smiling)" in source.description
-    assert len(set(source.tables["train"]["label"])) == 2
+    train = source.tables["train"]
+    assert len(class_list(train, source.names)) == len(set(train["label"])) == 2
+    encode_labels(train, class_list(train, source.names), "train")
 
 
 def test_one_hot_columns_beside_the_labels_are_named_unless_they_say_the_same(tmp_path: Path) -> None:

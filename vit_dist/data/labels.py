@@ -164,6 +164,8 @@ def clean_labels(table: datasets.Dataset, name: str, where: str) -> tuple[datase
     column = column.cast(kind)
     values = pc.unique(column)
     _refuse_ids(name, len(values), len(column), where)
+    if pa.types.is_integer(kind) and set(pc.drop_null(values).to_pylist()) == {-1, 1}:  # alone, -1 means no label
+        return table.cast_column(name, datasets.Value("string")), [f"labels -1 and 1 in {name} read as names"]
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return table, []
     cleaned, notes = _clean(values.cast(pa.string()), name, where)
