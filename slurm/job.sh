@@ -4,10 +4,6 @@
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 say() { printf '%s job %s: %s\n' "$(date +%FT%T)" "$VIT_DIST_JOB_ID" "$*"; }
-field() {  # field FILE KEY: a word or a number in a JSON file of ours, which has a line for each
-  sed -n -e "s/^  \"$2\": \"\(.*\)\",\{0,1\}$/\1/p" -e "s/^  \"$2\": \([^\",]*\),\{0,1\}$/\1/p" "$1" 2>/dev/null |
-    head -n 1 | sed 's/\\"/"/g'
-}
 
 step='' told=''  # the step that runs, and the one that was told of a warning
 on_warning() {  # Slurm takes the machines back soon: --signal, preemption, or scancel --batch --signal=USR1
@@ -123,21 +119,24 @@ job() {  # job [--strategy NAME] [train|doctor] [--flag value ...]
 }
 
 conclude() {  # conclude RUN CODE: what became of the training; returns if the job is over
-  local run=$1 code=$2 state='' by='' began=$1/jobs/$VIT_DIST_JOB_ID/began
-  ours() { [[ $1 -nt $began && $(field "$1" job) == "$VIT_DIST_JOB_ID" ]]; }  # of this start of this job
-  if ours "$run/status.json"; then state=$(field "$run/status.json" state) by=$(field "$run/status.json" by); fi
+  local run=$1 code=$2 logs=$1/jobs/$VIT_DIST_JOB_ID key value
+  local -A status=([state]='' [by]='' [step]='' [reason]='' [rank]='' [host]='')
+  if [[ $logs/status -nt $logs/began ]]; then  # of this start of this job
+    while IFS='=' read -r key value; do status[$key]=$value; done <"$logs/status"
+  fi
+  local state=${status[state]}
   if ((code == 0)) || [[ $state == complete ]]; then
     say 'complete'
     exit 0
-  elif [[ $state == preempted && (-n $warned || $by == --max_time*) ]]; then
-    requeue "after step $(field "$run/status.json" step)"
+  elif [[ $state == preempted && (-n $warned || ${status[by]} == --max_time*) ]]; then
+    requeue "after step ${status[step]}"
   elif [[ -n $warned && $state != @(failed|preempted|complete) ]]; then
     requeue 'before anything was to be saved'
-  elif ours "$run/failure.json"; then
-    say "failed: $(field "$run/failure.json" reason)"
-    say "rank $(field "$run/failure.json" rank) on $(field "$run/failure.json" host) was first to say so; more in $run/failure.json"
+  elif [[ $state == failed ]]; then
+    say "failed: ${status[reason]}"
+    say "${status[rank]:+rank ${status[rank]} on }${status[host]} was first to say so; more in $run/failure.json"
   elif [[ $state == preempted ]]; then
-    say "stopped by $by after step $(field "$run/status.json" step); the same command goes on"
+    say "stopped by ${status[by]} after step ${status[step]}; the same command goes on"
   else
     say "failed with exit code $code before there was anything to record; the line that begins with error: says why"
   fi

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vit_dist.config import load_config
+from vit_dist.run import run_folder
 
 pytestmark = pytest.mark.launch
 
@@ -131,3 +132,15 @@ def test_plan_is_printed_by_rank_0_only(runs: dict[str, Path]) -> None:
         ):
             assert part in said, part
         assert said.count("evaluation: accuracy") == 3
+
+
+def test_status_of_a_job_is_written_for_shells_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIT_DIST_JOB_ID", "4711")
+    run_folder.write_status(tmp_path, "running", step=0)
+    assert not (tmp_path / "jobs").exists(), "the batch script makes the folder"
+    (tmp_path / "jobs" / "4711").mkdir(parents=True)
+    run_folder.write_status(tmp_path, "failed", step=5, reason="a = b\nc", rank=None)
+    lines = (tmp_path / "jobs" / "4711" / "status").read_text().splitlines()
+    found = dict(line.split("=", 1) for line in lines)
+    assert (found["state"], found["step"], found["reason"], found["job"]) == ("failed", "5", "a = b\\nc", "4711")
+    assert "rank" not in found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -58,9 +57,11 @@ class Script:
                 os.killpg(job.pid, signal.SIGKILL)
 
     def status(self, **facts: object) -> str:
-        """The command that writes status.json, as a training of this job would."""
-        told = json.dumps({"state": "preempted", "job": "7", "step": 5, **facts}, indent=2)
-        return f"mkdir -p {self.run}; cat >{self.run}/status.json <<'END'\n{told}\nEND\n"
+        """The command that writes the job's status, as a training of this job would."""
+        told = {"state": "preempted", "step": 5, **facts}
+        lines = "".join(f"{key}={value}\n" for key, value in told.items())
+        logs = self.run / "jobs" / str(told.get("job", 7))
+        return f"mkdir -p {logs}; cat >{logs}/status <<'END'\n{lines}END\n"
 
     @property
     def log(self) -> str:
@@ -127,11 +128,11 @@ def test_status_of_an_earlier_start_is_ignored(script: Script) -> None:
 
 
 def test_job_that_failed_names_reason_and_rank(script: Script) -> None:
-    failure = json.dumps({"job": "7", "rank": 3, "host": "n2", "reason": 'ValueError: it\'s "bad", 1,'}, indent=2)
-    script.end(script.start(f"cat >{script.run}/failure.json <<'END'\n{failure}\nEND\nexit 1"))
+    failure = script.status(state="failed", rank=3, host="n2", reason='ValueError: it\'s "bad" = 1,')
+    script.end(script.start(f"{failure}exit 1"))
     reason, rank = script.log.splitlines()[-2:]
     assert (
-        reason.endswith('failed: ValueError: it\'s "bad", 1,')
+        reason.endswith('failed: ValueError: it\'s "bad" = 1,')
         and f"rank 3 on n2 was first to say so; more in {script.run}" in rank
     )
 

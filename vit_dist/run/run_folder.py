@@ -22,6 +22,7 @@ from vit_dist.errors import UserError
 from vit_dist.files import read_object, refuse_links, replacing
 from vit_dist.redact import redact
 from vit_dist.run.lock import LOCK
+from vit_dist.terminal import one_line
 
 CONFIG, CLASSES, RECORD, STATUS = "config.yaml", "classes.json", "run.json", "status.json"
 METRICS, RESULTS = "metrics.jsonl", "all_results.json"
@@ -80,7 +81,7 @@ def git_commit() -> str | None:
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
     """status.json: `state` is running, preempted, failed or complete; replaced in one step, so that no reader sees half
-    of it.
+    of it. In a job also `jobs/<job>/status`, with a line `key=value` for each, for shells.
     """
     facts = {
         "state": state,
@@ -89,7 +90,12 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
         "pid": os.getpid(),
         "job": job(),
     }
-    write_json(folder / STATUS, {**facts, **{k: redact(v) if isinstance(v, str) else v for k, v in details.items()}})
+    facts |= {key: redact(value) if isinstance(value, str) else value for key, value in details.items()}
+    write_json(folder / STATUS, facts)
+    if facts["job"] and (logs := folder / JOBS / facts["job"]).is_dir():
+        lines = [f"{key}={one_line(str(value))}\n" for key, value in facts.items() if value is not None]
+        with replacing(logs / "status") as partial:
+            partial.write_text("".join(lines), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
