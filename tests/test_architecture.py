@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vit_dist"
 LAYERS: dict[str, tuple[str, ...]] = {
     "foundation": (
         "terminal", "redact", "errors", "environment", "files", "settings_file", "options", "stop", "clock", "console",
-        "first_look", "distributed", "entry", "threads", "parser", "launch.",
+        "first_look", "distributed", "entry", "threads", "parser", "listing", "launch.",
     ),
     "config": ("__init__", "config", "bundle", "batch", "schedule", "families"),
     "data": ("data.",),

@@ -20,11 +20,11 @@ from vit_dist.data.decode import BadImage, DecodeRules, decode, encoded_bytes
 from vit_dist.data.describe import class_lines, sample_sizes, size_line
 from vit_dist.data.duplicates import find_duplicates
 from vit_dist.data.index import folder_index
-from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.pipeline import ImageData, build_data
 from vit_dist.data.source import load_source
 from vit_dist.data.verify import BadRow, Seen, apply_policy, judge_levels, verify
 from vit_dist.errors import UserError
+from vit_dist.listing import counted, listed, shortened
 from vit_dist.options import ModelOptions
 
 NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))

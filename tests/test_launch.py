@@ -238,6 +238,17 @@ def test_flags_of_the_command_line_win_over_variables(scripts: Scripts) -> None:
         assert found[-4:] == ["-m", "vit_dist.train", "--seed", "1"]
     assert scripts.error("torchrun", "--nproc", "x").startswith("error: --nproc is 'x' on ")
     assert "--strategy needs a name" in scripts.error("torchrun", "--strategy=")
+    assert "two strategies, ddp and --strategy fsdp2" in scripts.error("accelerate ddp", "--strategy", "fsdp2")
+    assert "--replicas is for hsdp, not for ddp" in scripts.error("accelerate ddp", "--replicas", "2", gpus=2)
+    several = ["--nodes", "2", "--node_rank", "1", "--master_addr"]
+    for name in ("a..b", "x" * 64):
+        assert f"--master_addr={name[:40]}" in scripts.error("torchrun", *several, name, gpus=2)
+
+
+def test_output_of_nvidia_smi_that_is_no_text_is_one_line(scripts: Scripts, tmp_path: Path) -> None:
+    for number, script in enumerate((r"printf '\\377\\n'; exit 1", "yes x | head -c 3000 | tr -d '\\n'; exit 1")):
+        path = f"{program(tmp_path / str(number), 'nvidia-smi', script)}:{os.environ['PATH']}"
+        assert len(scripts.error("torchrun", PATH=path)) < 500
     assert scripts.error("torchrun", "--nodes", "2", "--node_rank", "0").startswith("error: --nodes is 2, but MASTER")
 
 
@@ -320,7 +331,7 @@ def test_missing_package_is_refused_first(scripts: Scripts, package: str, line: 
 def test_busy_port_is_refused_on_the_node_that_listens(scripts: Scripts) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.install_handlers()
+        listener.listen()
         port = str(listener.getsockname()[1])
         for line in ("torchrun", "accelerate ddp"):
             for env in ({}, {"NODE_RANK": "0", **TWO_NODES}):

@@ -307,7 +307,10 @@ def kaggle(root: Path, table: str, label: str = "label", test: str = "test", ste
     return root
 
 
-@pytest.mark.parametrize("table", ["sample_submission.csv", "sampleSubmission.csv", "predictions.csv"])
+@pytest.mark.parametrize(
+    "table",
+    ["sample_submission.csv", "sampleSubmission.csv", "predictions.csv", "submission_v2.csv", "test_results.csv"],
+)
 @pytest.mark.parametrize("test", ["test", "test1"])
 def test_submission_beside_class_folders_gives_no_labels(tmp_path: Path, table: str, test: str) -> None:
     root = kaggle(tmp_path / "d", table, test=test)
@@ -390,3 +393,31 @@ def test_masks_beside_the_images_of_a_table_are_no_class_folders(tmp_path: Path)
     rows = [f"images/{name},{'ab'[row % 2]}" for row, name in enumerate(NAMES)]
     write(tmp_path / "d" / "t.csv", "\n".join(["image,label", *rows]) + "\n")
     assert len(load(tmp_path / "d").tables["train"]) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", ["results.csv", "my_labels.csv"])
+def test_table_that_gives_the_classes_of_the_folders_to_other_images_is_refused(tmp_path: Path, name: str) -> None:
+    rows = []
+    for kind in ("cat", "dog"):
+        images(tmp_path / "d" / "train" / kind, [f"{kind}{row}.png" for row in range(4)])
+        rows += [f"train/{kind}/{kind}{row}.png,{('cat', 'dog')[row % 2]}" for row in range(4)]
+    write(tmp_path / "d" / name, "\n".join(["id,label", *rows]) + "\n")
+    assert "--class_folders top" in refusal(tmp_path / "d")
+    found = load(tmp_path / "d", class_folders="top").tables["train"]
+    assert [row["label"] for row in found] == [Path(row["id"]).parent.name for row in found]
+
+
+def test_table_of_samples_beside_splits_advises_no_flag_that_makes_splits_classes(tmp_path: Path) -> None:
+    for kind in ("cat", "dog"):
+        images(tmp_path / "d" / "train" / kind, [f"{kind}{row}.png" for row in range(4)])
+    images(tmp_path / "d" / "samples", ["0.png", "1.png"])
+    write(tmp_path / "d" / "labels.csv", "image,label\nsamples/0.png,cat\nsamples/1.png,dog\n")
+    said = refusal(tmp_path / "d")
+    assert "and none in train/cat, train/dog" in said and "--class_folders" not in said
+
+
+def test_label_column_of_0_and_1_names_the_other_such_columns(tmp_path: Path) -> None:
+    images(tmp_path, NAMES)
+    lines = [f"{name},{row % 2},{int(row % 3 == 0)},{int(row > 1)}" for row, name in enumerate(NAMES)]
+    write(tmp_path / "t.csv", "\n".join(["image,label,rust,is_train", *lines]) + "\n")
+    assert "not used: rust (0 and 1, as in label)" in load(tmp_path / "t.csv").description

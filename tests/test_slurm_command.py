@@ -203,7 +203,7 @@ def test_paths_are_those_of_the_folder_that_the_job_runs_in(login: Login) -> Non
 
 def test_slurm_verb_for_a_run_with_other_settings_is_refused(login: Login) -> None:
     fork("digits", "--max_steps", 1, "--report_to", "none", "--output_dir", login.folder / "begun")
-    assert "holds a run with other settings: max_steps 1 -> 2" in login.error(
+    assert "holds a complete run with other settings: max_steps 1 -> 2" in login.error(
         "train", "digits", "--max_steps", "2", "--report_to", "none", "--output_dir", "begun"
     )
     for more in (["--allow_change", "max_steps"], ["--fresh"]):

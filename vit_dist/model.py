@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # no public name yet; 
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
-from vit_dist.data.listing import listed
 from vit_dist.errors import UserError, first_line
 from vit_dist.families import Family, image_side, load_family, location, not_loaded, set_image_size
+from vit_dist.listing import listed
 from vit_dist.options import ModelOptions
 
 

@@ -96,7 +96,7 @@ def require_same_data(config: Config) -> None:
     try:
         data = build_data(config.data, config.model, config.data_seed, console.progress)
     except UserError as error:
-        console.say(f"the data cannot be compared with those of the run: {error}")
+        console.say(f"the data cannot be compared with those of the run: {error.args[0]}")
         return
     attempts.check_data(config.output_dir, data.record)
 

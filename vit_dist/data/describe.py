@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 
 from vit_dist.data.decode import stored_size
-from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split import labels_of
 from vit_dist.data.verify import Seen
+from vit_dist.listing import listed, shortened
 
 _SAMPLE = 1000  # images whose headers are read
 _THREADS = 16  # network file systems answer many questions at once

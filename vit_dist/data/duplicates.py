@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import datasets
 import numpy as np
 
-from vit_dist.data.listing import shortened
 from vit_dist.data.split import labels_of
+from vit_dist.listing import shortened
 
 _MOST_EXAMPLES = 3
 

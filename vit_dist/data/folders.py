@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from vit_dist.data.index import FolderIndex
 from vit_dist.data.layout import Layout, read_layout
-from vit_dist.data.listing import counted, listed
 from vit_dist.data.split_words import is_mask
+from vit_dist.listing import counted, listed
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.image_paths import HAS_SUFFIX, NUM_CHECKED, Origin, absolute_paths, checked_rows, leads_to_files
-from vit_dist.data.listing import shortened
 from vit_dist.data.split_words import has_mask_word
 from vit_dist.errors import UserError
+from vit_dist.listing import shortened
 
 _STORED = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 _URL = re.compile(r"(?i)(?!file:)[a-z][a-z0-9+.-]+://")

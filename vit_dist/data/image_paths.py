@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.index import IMAGE_EXTENSIONS
-from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split_words import split_word
 from vit_dist.errors import UserError
+from vit_dist.listing import listed, shortened
 
 NUM_CHECKED = 100  # files at the start of a split, and as many spread over it
 _MOST_FOLDERS = 1000  # that are searched for an image

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vit_dist.data.cache import locked, read_sealed, write_sealed
-from vit_dist.data.listing import shortened
 from vit_dist.errors import UserError
 from vit_dist.files import is_run_folder
+from vit_dist.listing import shortened
 
 # fmt: off
 IMAGE_EXTENSIONS = frozenset([

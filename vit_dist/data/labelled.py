@@ -15,9 +15,9 @@ from vit_dist.data.columns import ROLES, NoLabelColumn, common_table, image_colu
 from vit_dist.data.image_files import file_name_columns, names_files, stored_images
 from vit_dist.data.image_paths import Origin
 from vit_dist.data.labels import clean_labels, find_labels
-from vit_dist.data.listing import shortened
 from vit_dist.data.split_column import SplitColumn, find_split_column
 from vit_dist.errors import UserError
+from vit_dist.listing import shortened
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
@@ -45,7 +45,8 @@ class Labelled:
     notes: list[str]
     unused: list[str]  # rows that play no role
     by_column: bool  # whether a column assigned the rows to splits
-    guessed: str | None  # column of the training labels, if its name alone says that it holds them
+    label_column: str  # of the training rows
+    is_guess: bool  # whether nothing but its name says that the column holds the labels
 
 
 def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> Labelled:
@@ -55,7 +56,7 @@ def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> La
     """
     tables: dict[str, datasets.Dataset] = {}
     columns: dict[str, SplitColumn | None] = {}
-    guessed: str | None = None
+    label_column, guessed = "", False
     notes: dict[str, None] = {}
     asked = {role: getattr(options, f"{role}_split") for role in ROLES} if len(splits) == 1 else None
     for role, rows in splits.items():
@@ -75,13 +76,13 @@ def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> La
             is_guessed = options.image_column_name is None and is_guess(image, rows.table.features[image])
             chosen = [guess, *chosen] if is_guessed else chosen
             chosen = [f"images in column {image}, labels in {label}", *chosen]
-            if options.label_column_name is None and is_guess(label, rows.table.features[label]):
-                guessed = label
+            label_column = label
+            guessed = options.label_column_name is None and is_guess(label, rows.table.features[label])
         columns[role] = find_split_column(rows.table, (image, label), options.split_column_name, asked, where)
         tables[role], found = _common(rows, image, label, options, where)
         notes.update(dict.fromkeys([*rows.notes, *chosen, *found]))
     tables, more, unused = _by_column(tables, columns, splits["train"].origin.where)
-    return Labelled(tables, [*notes, *more, *_repeated(tables)], unused, bool(more), guessed)
+    return Labelled(tables, [*notes, *more, *_repeated(tables)], unused, bool(more), label_column, guessed)
 
 
 def _common(

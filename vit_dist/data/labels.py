@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_dist.data.columns import is_guess, label_candidates, label_column, same_labels
-from vit_dist.data.listing import listed, shortened
+from vit_dist.data.columns import is_guess, label_candidates, label_column, same_labels, usual_role
 from vit_dist.errors import UserError
+from vit_dist.listing import listed, shortened
 
 _MIN_ROWS_OF_IDS = 20  # with as many distinct labels as rows from here on, labels are taken for ids
 _MOST_ONE_HOT = 500  # columns that are looked at
 _MOST_SPELLINGS = 8  # of yes and no in one column
-_YES = frozenset(["1", "true", "t", "yes", "y", "x"])
-_NO = frozenset(["0", "-1", "false", "f", "no", "n", "", "none", "nan"])
+_YES = frozenset(["1", "true", "t", "yes", "y", "x", "+", "ja", "oui", "si", "sim", "present", "positive"])
+_NO = frozenset(
+    ["0", "-1", "false", "f", "no", "n", "", "none", "nan", "-", "nein", "non", "absent", "negative", "neg"]
+)
 _DECIMAL = r"^-?\d+[.]\d*$|^-?\d*[.]\d+$"
 _WHOLE_DECIMAL = r"^-?\d+[.]0*$"
 
@@ -128,13 +130,13 @@ def _judge_flags(table: datasets.Dataset, image: str, label: str, where: str, na
         return []
     others = [name for name in flags if name != label and not (flags[name] & flags[label]).any()]
     per_row = np.sum([flags[name] for name in (label, *others)], axis=0)
-    if len(others) > 1 and (per_row == 1).all():
+    if len(others) > 1 and (per_row == 1).all() and (named or len(others) == len(flags) - 1):
         raise UserError(
             f"{where}: column {shortened(label)} is part of a one-hot encoding with {listed(others, 120)}: its classes "
             "would be 0 and 1. Write one column label with the class of each row, and name that column"
         )
-    rest = [name for name in flags if name != label]
-    return [f"not used: {listed(rest, 100, 4)} ({_spelled(table, rest)}, as in {shortened(label)})"] if named else []
+    rest = [name for name in flags if name != label and usual_role(name.lower().removeprefix("is_")) is None]
+    return [f"not used: {listed(rest, 100, 4)} ({_spelled(table, rest)}, as in {shortened(label)})"] if rest else []
 
 
 def _one_to_one_hot(table: datasets.Dataset, label: str, flags: dict[str, np.ndarray]) -> bool:

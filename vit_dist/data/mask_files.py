@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.index import IMAGE_EXTENSIONS, FolderIndex
-from vit_dist.data.listing import shortened
+from vit_dist.listing import shortened
 
 _ENDING = r"[-_ .](masks?|gt|groundtruth|ground_truth|seg|segmentation|segmented|label|labels|annotation|depth)"
 _MASK = rf"(?i){_ENDING}([-_ ]?\d+)?[.]({'|'.join(sorted(map(re.escape, IMAGE_EXTENSIONS)))})$"

@@ -15,7 +15,6 @@ from vit_dist.data.dataset import ImageDataset
 from vit_dist.data.decode import DecodeRules, stored_size
 from vit_dist.data.describe import class_lines, sample_sizes, size_line
 from vit_dist.data.duplicates import find_duplicates
-from vit_dist.data.listing import listed
 from vit_dist.data.source import load_source
 from vit_dist.data.split import (
     class_list,
@@ -28,6 +27,7 @@ from vit_dist.data.split import (
 )
 from vit_dist.data.transforms import Transform, load_processor
 from vit_dist.data.verify import Seen, Verified, apply_policy, fraction_to_skip, judge_levels, verify
+from vit_dist.listing import listed
 from vit_dist.options import DataOptions, ModelOptions
 
 _WARNING = "WARNING: "

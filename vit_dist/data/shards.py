@@ -7,8 +7,8 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 from vit_dist.data.index import IMAGE_EXTENSIONS
-from vit_dist.data.listing import shortened
 from vit_dist.errors import UserError
+from vit_dist.listing import shortened
 
 _MEMBERS = 1000  # that are looked at
 

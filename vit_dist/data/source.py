@@ -30,7 +30,6 @@ from vit_dist.data.image_paths import Origin
 from vit_dist.data.index import IMAGE_EXTENSIONS, TABLE_EXTENSIONS, FolderIndex, folder_index
 from vit_dist.data.labelled import SplitRows, labelled_tables
 from vit_dist.data.layout import Layout
-from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.mask_files import without_masks
 from vit_dist.data.shards import require_labels
 from vit_dist.data.split import stratified_split
@@ -41,6 +40,7 @@ from vit_dist.data.tables import column_names, extension, has_images, numbered, 
 from vit_dist.data.unread_lists import lists_that_name_images
 from vit_dist.errors import UserError, first_line
 from vit_dist.first_look import no_such_data
+from vit_dist.listing import counted, listed, shortened
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions
@@ -60,7 +60,8 @@ class Source:
     description: str  # one line: what was understood
     revision: str | None = None  # commit of a hub data set
     notes: list[str] = field(default_factory=list)  # what was decided on the way
-    guessed: str | None = None  # column of the labels, if nothing but a likely name says so
+    label_column: str = ""
+    is_guess: bool = False  # whether nothing but its name says that the column holds the labels
 
 
 def load_source(options: DataOptions) -> Source:
@@ -269,8 +270,8 @@ def _beside_images(root: Path, index: FolderIndex, tables: list[str], side: list
             f"all lie in class folders ({listed(layout.classes, 80)}): pass --class_folders top for the folders, or "
             f"--data {shortened(str(root / _main_table(tables)), 150)} for the table"
         )
-    if layout is not None and not asked and source.guessed and not _agree(root, layout, source):
-        column = shortened(source.guessed)
+    if layout is not None and not asked and not _agree(root, layout, source):
+        column = shortened(source.label_column)
         raise UserError(
             f"{shortened(str(root), 120)}: the classes are column {column} of {listed(tables, 80)}, or the folders "
             f"({listed(layout.classes, 80)}): pass --label_column_name {column} for the column, or --class_folders top "
@@ -295,14 +296,22 @@ def _flags_for_folders(root: Path, index: FolderIndex, options: DataOptions) -> 
     """Flags with which the class folders can be read without the tables; None if no flags help."""
     for test, flags in ((options.test_split, ""), ("none", " --test_split none")):
         with contextlib.suppress(UserError):
-            if len(layout_of(root, index, replace(options, class_folders="top", test_split=test)).classes) > 1:
+            layout = layout_of(root, index, replace(options, class_folders="top", test_split=test))
+            if len(layout.classes) > 1 and not any(map(split_word, layout.classes)):
                 return f"--class_folders top{flags}"
     return None
 
 
 def _agree(root: Path, layout: Layout, source: Source) -> bool:
-    """Whether the folders say nothing against the labels: patients or parts of a data set, or the same classes."""
-    return len(layout.classes) < 2 or are_ids(layout.classes) or same_classes(root, layout, source.tables)
+    """Whether the folders say nothing against the labels.
+
+    A column that is surely the labels counts more than folders of other names, such as sites; not more than class
+    folders of the same names, since it may be stale, or hold answers of a model.
+    """
+    if len(layout.classes) < 2 or are_ids(layout.classes):
+        return True
+    labels = {str(label) for table in source.tables.values() for label in table.unique("label")}
+    return not (source.is_guess or len(labels & set(layout.classes)) > 1) or same_classes(root, layout, source.tables)
 
 
 def _main_table(tables: list[str]) -> str:
@@ -362,7 +371,8 @@ def _files(root: Path, splits: dict[str, list[str]], where: str, options: DataOp
             origin = replace(origin, role=role)
         parts[role] = SplitRows(rows.table, rows.ids(), origin, extension(first) == "tar", rows.notes)
     kinds = sorted({extension(file) for split in roles.values() for file in splits[split]})
-    return _source(parts, where, "/".join(kinds), options, set(splits) - set(roles.values()), refusal=refusal)
+    unused = {file for name in set(splits) - set(roles.values()) for file in splits[name]}
+    return _source(parts, where, "/".join(kinds), options, unused, refusal=refusal)
 
 
 def _origin(where: str, folders: list[Path], num_rows: list[int], options: DataOptions) -> Origin:
@@ -397,7 +407,7 @@ def _source(
     names = getattr(made.tables["train"].features["label"], "names", None)
     notes = [kind, *made.notes]
     described = _describe(where, notes, made.tables, {*unused, *made.unused})
-    return Source(made.tables, names, described, revision, guessed=made.guessed)
+    return Source(made.tables, names, described, revision, label_column=made.label_column, is_guess=made.is_guess)
 
 
 def _describe(where: str, notes: list[str], tables: dict[str, datasets.Dataset], unused: Collection[str]) -> str:

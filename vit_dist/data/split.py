@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_dist.data.listing import listed, shortened
 from vit_dist.errors import UserError
+from vit_dist.listing import listed, shortened
 
 _HASHED_BYTES = 256 * 2**20  # of embedded images; what is beyond is sampled
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_dist.data.columns import ROLES
-from vit_dist.data.listing import listed
 from vit_dist.data.split_words import split_word
 from vit_dist.errors import UserError
+from vit_dist.listing import listed
 
 _ABBREVIATIONS = {  # in a column only: folders of these names may be classes
     "tr": "train", "learn": "train", "learning": "train", "vali": "validation", "vld": "validation", "te": "test",

@@ -7,14 +7,15 @@ from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 
 from vit_dist.data.columns import usual_role
-from vit_dist.data.listing import listed
 from vit_dist.data.split_words import split_word
 from vit_dist.data.tables import split_of
 from vit_dist.errors import UserError
+from vit_dist.listing import listed
 
 # Files with the columns of a table of images whose labels are none: answers of a model, or names of the classes.
 _SIDE_TABLE = re.compile(
-    r"(.*[^a-z])?(sample[^a-z]?)?(submissions?|predictions?|preds)|classes|labels?[ _-]?(map|mapping|names|dict)|"
+    r"(.*[^a-z])?(sample[^a-z]?)?(submissions?|predictions?|preds?|results?)([^a-z]*(v|ver|version|final|best|new|old)?\d*)|"
+    r"classes|labels?[ _-]?(map|mapping|names|dict)|"
     r"(class(es)?|categor(y|ies))[ _-]?(map|mapping|names|list|index|indices|dict|ids?)"
 )
 

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from vit_dist.data.columns import image_column, is_guess, is_image_name, is_label_name, label_candidates, usual_role
 from vit_dist.data.image_files import file_name_columns, leads_to_images
-from vit_dist.data.listing import listed, shortened
 from vit_dist.data.text_tables import json_column, json_records, read_text, whole_numbers
 from vit_dist.errors import UserError
+from vit_dist.listing import listed, shortened
 
 _SHARD_NUMBER = re.compile(r"[-_. ]?\d+([-_. ]of[-_. ]\d+)?([-_.][0-9a-f]{8,})?$")
 _JSON = ("json", "jsonl")

@@ -26,9 +26,9 @@ import pyarrow.csv
 
 from vit_dist.data.columns import is_image_name, is_label_name
 from vit_dist.data.index import IMAGE_EXTENSIONS
-from vit_dist.data.listing import shortened
 from vit_dist.data.split_column import role_of
 from vit_dist.errors import UserError
+from vit_dist.listing import shortened
 
 _BYTE_ORDER_MARKS = (  # UTF-32 begins like UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),

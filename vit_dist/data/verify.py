@@ -18,10 +18,10 @@ import PIL
 
 from vit_dist.data.cache import cache_folder, locked, read_sealed, write_sealed
 from vit_dist.data.decode import HIGHEST_LEVEL, RULES_VERSION, BadImage, DecodeRules, decode_downscaled, encoded_bytes
-from vit_dist.data.listing import shortened
 from vit_dist.data.split import table_fingerprint
 from vit_dist.environment import job_cores
 from vit_dist.errors import UserError
+from vit_dist.listing import shortened
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             more = ["all"] if rest[-1] == "all" else []
             os.execv(sys.executable, [sys.executable, "-m", MODULES[command], "--help", *more])
         asked, arguments = start.split_flags(rest)
+        if asked.strategy not in (None, strategy):
+            raise UserError(f"two strategies, {strategy} and --strategy {asked.strategy}: leave one out")
         return start.execute(
             start.prepare(MODULES[command], arguments, replace(asked, strategy=strategy)), asked.dry_run
         )

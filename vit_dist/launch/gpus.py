@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vit_dist.errors import UserError, first_line
+from vit_dist.listing import shortened
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def visible_gpus(environ: Mapping[str, str] = os.environ, ask_torch: bool = True
         by_uuid = re.match("(GPU|MIG)-", one) and one in listed
         if not (by_number or by_uuid):
             raise UserError(
-                f"CUDA_VISIBLE_DEVICES={visible} asks for GPU '{one}', which nvidia-smi -L does not list among the "
-                f"{present} of {socket.gethostname()}; name GPUs that are there"
+                f"CUDA_VISIBLE_DEVICES={shortened(visible, 100)} asks for GPU '{shortened(one)}', which nvidia-smi -L "
+                f"does not list among the {present} of {socket.gethostname()}; name GPUs that are there"
             )
     return Gpus(len(ids))
 
@@ -52,12 +53,12 @@ def visible_gpus(environ: Mapping[str, str] = os.environ, ask_torch: bool = True
 def _listed() -> tuple[str, str]:
     """A line for each GPU and each MIG device of it, and what went wrong."""
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"nvidia-smi says: {first_line(error)}"
     if done.returncode:
         told = (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
-        return "", f"nvidia-smi says: {told}"
+        return "", f"nvidia-smi says: {told[:200]}"
     return done.stdout, ""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from vit_dist.errors import UserError
 from vit_dist.launch.topology import Asked, Topology, host
+from vit_dist.listing import shortened
 
 _SIOCGIFADDR = 0x8915
 
@@ -36,10 +37,10 @@ def check_network(topology: Topology, asked: Asked) -> None:
     """Raises UserError for an address that is not known here, or a port that is taken."""
     try:
         socket.getaddrinfo(topology.address, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host can be like this
         raise UserError(
-            f"{asked.label('master_addr')}={topology.address} is not known on {host()} ({error.strerror}); set it to "
-            "the address of node 0"
+            f"{asked.label('master_addr')}={shortened(topology.address, 100)} is not known on {host()} "
+            f"({getattr(error, 'strerror', None) or 'not a host name'}); set it to the address of node 0"
         ) from None
     if topology.listens and topology.port is not None:
         with socket.socket() as listener:

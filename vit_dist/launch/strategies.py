@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vit_dist.errors import UserError
 from vit_dist.launch.topology import Asked, Topology
+from vit_dist.listing import shortened
 
 TORCHRUN = "torchrun"  # DDP without a file of Accelerate's
 AGENT = "vit_dist.launch.agent"
@@ -39,7 +40,7 @@ def known() -> dict[str, Path]:
 
 def find(name: str) -> Strategy:
     """Raises UserError for an unknown name, or a file that is no configuration of Accelerate."""
-    files = known()
+    files, shown = known(), shortened(name, 100)
     if name in files:
         return Strategy(name, files[name])
     if name == TORCHRUN:
@@ -47,16 +48,16 @@ def find(name: str) -> Strategy:
     if "/" in name or name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"--strategy {name}: there is no such file; strategies are {', '.join(files)}")
+            raise UserError(f"--strategy {shown}: there is no such file; strategies are {', '.join(files)}")
         if "distributed_type" not in path.read_text(encoding="utf-8", errors="replace"):
             raise UserError(
-                f"--strategy {name} is no configuration of Accelerate (no distributed_type); in launch/accelerate.sh "
+                f"--strategy {shown} is no configuration of Accelerate (no distributed_type); in launch/accelerate.sh "
                 "the strategy comes first"
             )
         return Strategy(path.stem, path, own=True)
     near = difflib.get_close_matches(name, files, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"unknown strategy {name}; {hint}strategies are {', '.join(files)}")
+    raise UserError(f"unknown strategy {shown}; {hint}strategies are {', '.join(files)}")
 
 
 def fitted(strategy: Strategy, topology: Topology, asked: Asked) -> tuple[Strategy | None, list[str], str]:
@@ -64,6 +65,8 @@ def fitted(strategy: Strategy, topology: Topology, asked: Asked) -> tuple[Strate
     launch`, and a note. Raises UserError for a strategy that this topology cannot have.
     """
     processes = topology.processes
+    if strategy.name != "hsdp" and not strategy.own and asked.label("replicas") == "--replicas":
+        raise UserError(f"--replicas is for hsdp, not for {strategy.name}: leave it out, or pass --strategy hsdp")
     if strategy.own:
         return strategy, [], ""
     match strategy.name:

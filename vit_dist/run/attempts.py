@@ -106,15 +106,22 @@ def check_settings(config: Config) -> None:
     """
     folder = config.output_dir
     record = known_record(folder)
-    begun = read_json(folder / STATUS).get("state") == "complete" or any(store.checkpoints(folder))
+    complete = read_json(folder / STATUS).get("state") == "complete"
+    begun = complete or any(store.checkpoints(folder))
     if begun and (not config.run.fresh or _began_it(record)):
         changed = changes(record, config)
-        _refuse_changes(folder, {key: value for key, value in changed.items() if key not in config.run.allow_change})
+        kept = {key: value for key, value in changed.items() if key not in config.run.allow_change}
+        _refuse_changes(folder, kept, complete)
 
 
-def _refuse_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+def _refuse_changes(folder: Path, changed: dict[str, tuple[Any, Any]], complete: bool) -> None:
     if changed:
         listed = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
+        if complete:
+            raise UserError(
+                f"{folder} holds a complete run with other settings: {listed}. Give another --output_dir for a new run "
+                f"(with --model {folder / BEST} to train on from its model), or --fresh to start over"
+            )
         raise UserError(
             f"{folder} holds a run with other settings: {listed}. Give the same settings to continue it, "
             f"--allow_change {' '.join(changed)} to go on with the new ones, another --output_dir for a new run, or "
@@ -216,7 +223,7 @@ def inspect(config: Config, strategy: str, world_size: int) -> Attempt:
     if begun:
         _allow(config, attempt, changed, strategy)
     if begun:
-        _refuse_changes(folder, changed)
+        _refuse_changes(folder, changed, complete)
     if not changed:  # else it is a new run
         attempt.wandb_id = record.get("wandb_id") or attempt.wandb_id
     if complete and attempt.changes != record.get("changes", []):

@@ -18,8 +18,8 @@ from vit_dist import distributed
 from vit_dist.batch import split_batch
 from vit_dist.checkpoint import store
 from vit_dist.config import Config
-from vit_dist.data.listing import listed
 from vit_dist.errors import UserError
+from vit_dist.listing import listed
 from vit_dist.run import attempts, run_folder
 from vit_dist.run.lock import LOCK_TIMEOUT, RunFolderInUse, run_lock
 

@@ -83,7 +83,7 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
     """status.json: `state` is running, preempted, failed or complete; replaced in one step, so that no reader sees half
     of it. In a job also `jobs/<job>/status`, with a line `key=value` for each, for shells.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "state": state,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),

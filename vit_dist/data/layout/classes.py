@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 
 from vit_dist.data.layout.reading import Reading, plural, refusal
 from vit_dist.data.layout.tree import Folder, below
-from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split_words import are_ids, is_container, is_mask, is_variant, split_word
 from vit_dist.errors import UserError
+from vit_dist.listing import listed, shortened
 
 
 def map_classes(reading: Reading, bases: Mapping[str, Folder]) -> dict[str, dict[str, str]]:

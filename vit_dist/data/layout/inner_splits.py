@@ -6,9 +6,9 @@ from vit_dist.data.layout.reading import Reading
 from vit_dist.data.layout.refusals import check_empty_classes
 from vit_dist.data.layout.splits import assign
 from vit_dist.data.layout.tree import Folder
-from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split_words import is_mask, split_words
 from vit_dist.errors import UserError
+from vit_dist.listing import listed, shortened
 
 
 def splits_below(reading: Reading, base: Folder) -> dict[str, dict[str, str]] | None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from vit_dist.data.columns import ROLES
 from vit_dist.data.layout.tree import Folder
-from vit_dist.data.listing import shortened
 from vit_dist.errors import UserError
+from vit_dist.listing import shortened
 
 if TYPE_CHECKING:
     from vit_dist.options import DataOptions

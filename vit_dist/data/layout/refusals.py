@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from vit_dist.data.layout.reading import Reading, plural, refusal
 from vit_dist.data.layout.tree import Folder, forgotten
-from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.split_words import (
     are_numbered_parts,
     has_variant_word,
@@ -19,6 +18,7 @@ from vit_dist.data.split_words import (
     splits_by_class,
 )
 from vit_dist.errors import UserError
+from vit_dist.listing import counted, listed, shortened
 
 
 def refuse_no_classes(reading: Reading, folder: Folder) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from vit_dist.data.columns import ROLES, SPLIT_NAMES
 from vit_dist.data.layout.reading import Reading
 from vit_dist.data.layout.tree import Folder, forgotten
-from vit_dist.data.listing import counted, listed, shortened
 from vit_dist.data.split_words import is_aside, is_container, split_word, split_words
 from vit_dist.errors import UserError
+from vit_dist.listing import counted, listed, shortened
 
 
 def splits_above(reading: Reading, base: Folder) -> dict[str, Folder] | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from vit_dist.data.listing import shortened
 from vit_dist.errors import UserError
+from vit_dist.listing import shortened
 
 # Files that lie in class folders without being images that somebody forgot to convert.
 # fmt: off

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from vit_dist.data.layout.reading import Reading
 from vit_dist.data.layout.tree import Folder, forgotten
-from vit_dist.data.listing import listed, shortened
 from vit_dist.data.split_words import is_container, is_extra, is_variant, split_word, split_words
 from vit_dist.errors import UserError
+from vit_dist.listing import listed, shortened
 
 
 def unwrap(reading: Reading, folder: Folder) -> Folder:
