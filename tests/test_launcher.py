@@ -39,6 +39,16 @@ def test_users_error_is_the_last_line_and_the_exit_code_is_2(start: list[Any], t
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.parametrize("text", ["distributed_type: [", "distributed_type: MULTI_GPU\nno_such_key: 1\n"])
+def test_broken_file_of_accelerate_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    command = [sys.executable, "-m", "vit_dist.launch.agent", *ACCELERATE, "-m", "vit_dist.train"]
+    command[command.index("--config_file") + 1] = tmp_path / "own.yaml"
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: accelerate.commands.launch refuses its arguments or file: ")
+
+
 def test_agent_still_leaves_by_the_barrier_that_is_extended() -> None:
     assert "store_util.barrier(" in inspect.getsource(SimpleElasticAgent._exit_barrier)
 

@@ -421,3 +421,21 @@ def test_label_column_of_0_and_1_names_the_other_such_columns(tmp_path: Path) ->
     lines = [f"{name},{row % 2},{int(row % 3 == 0)},{int(row > 1)}" for row, name in enumerate(NAMES)]
     write(tmp_path / "t.csv", "\n".join(["image,label,rust,is_train", *lines]) + "\n")
     assert "not used: rust (0 and 1, as in label)" in load(tmp_path / "t.csv").description
+
+
+@pytest.mark.parametrize("loose", [True, False])
+def test_table_without_a_split_column_for_images_of_two_splits_is_refused(tmp_path: Path, loose: bool) -> None:
+    rows = []
+    for split in ("train", "test"):
+        for kind in ("cat", "dog"):
+            folder = split if loose else f"{split}/{kind}"
+            names = [f"{split}_{kind}{row}.png" for row in range(3)]
+            images(tmp_path / "d" / folder, names)
+            rows += [f"{folder}/{name},{kind}" for name in names]
+    write(tmp_path / "d" / "meta.csv", "\n".join(["path,label", *rows]) + "\n")
+    for data in (tmp_path / "d", tmp_path / "d" / "meta.csv"):
+        assert "name images in test and train, and no column says which split" in refusal(data)
+    assert len(load(tmp_path / "d" / "meta.csv", split_column_name="none").tables["train"]) == 12
+    if not loose:
+        found = load(tmp_path / "d", class_folders="top").tables
+        assert {role: len(table) for role, table in found.items()} == {"train": 6, "test": 6}

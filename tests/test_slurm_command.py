@@ -117,6 +117,7 @@ def test_option_of_sbatch_is_read_in_each_spelling(options: str) -> None:
         (["-N", "2", "--", "trian"], "trian is no command; did you mean train"),
         (["digits"], "digits is no command; commands are train, doctor, sweep"),
         (["train", "--strategy"], "expected one argument"),
+        (["train", "digits", "--nproc", "2"], "--nproc: Slurm decides nodes and processes"),
         (["train", "--throttle", "2"], "--throttle K is for a sweep"),
         (["sweep", "a.yaml", "--throttle", "0"], "1 or more"),
     ],

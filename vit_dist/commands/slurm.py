@@ -29,6 +29,7 @@ from vit_dist.commands import preflight, sweep
 from vit_dist.config import load_config
 from vit_dist.errors import UserError
 from vit_dist.launch import strategies
+from vit_dist.launch.topology import FLAGS
 from vit_dist.parser import Parser
 
 USAGE = "usage: vit-dist slurm [sbatch options --] train|doctor|sweep ... [--strategy NAME] [--throttle K] [--print]"
@@ -104,6 +105,11 @@ def parse(words: Sequence[str]) -> Request:
     parser.add_argument("--throttle", type=int)
     parser.add_argument("--print", action="store_true")
     own, arguments = parser.parse_known_args(rest[1:])
+    if given := [word for word in arguments if word.partition("=")[0] in {f"--{name}" for name in FLAGS}]:
+        raise UserError(
+            f"{given[0]}: Slurm decides nodes and processes; give options of sbatch before `--` "
+            "(-N 4 --gpus-per-node 8), or set NPROC_PER_NODE for processes on CPUs"
+        )
     if own.throttle is not None and (rest[0] != "sweep" or own.throttle < 1):
         raise UserError("--throttle K is for a sweep: how many of its members may run at once, 1 or more")
     return Request(options, rest[0], arguments, own.strategy, own.throttle, own.print)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from vit_dist.data.image_files import file_name_columns, names_files, stored_ima
 from vit_dist.data.image_paths import Origin
 from vit_dist.data.labels import clean_labels, find_labels
 from vit_dist.data.split_column import SplitColumn, find_split_column
+from vit_dist.data.split_words import split_word
 from vit_dist.errors import UserError
 from vit_dist.listing import shortened
 
@@ -82,7 +84,25 @@ def labelled_tables(splits: Mapping[str, SplitRows], options: DataOptions) -> La
         tables[role], found = _common(rows, image, label, options, where)
         notes.update(dict.fromkeys([*rows.notes, *chosen, *found]))
     tables, more, unused = _by_column(tables, columns, splits["train"].origin.where)
+    if len(tables) == 1 and options.split_column_name != "none":
+        _refuse_folders_of_splits(tables["train"], splits["train"].origin.where)
     return Labelled(tables, [*notes, *more, *_repeated(tables)], unused, bool(more), label_column, guessed)
+
+
+def _refuse_folders_of_splits(table: datasets.Dataset, where: str) -> None:
+    """Raise `UserError` if the rows of one split name images in `train/` and in `test/`."""
+    folders = pc.unique(pc.replace_substring_regex(pc.drop_null(_paths(table)), r"/[^/]*$", "")).to_pylist()
+    if len(folders) < 2:
+        return
+    start = len(os.path.commonpath(folders)) + 1
+    names = sorted({folder[start:].partition("/")[0] for folder in folders})
+    roles = {word.role: name for name in names if (word := split_word(name)) and not word.rest}
+    if len(roles) > 1 and "train" in roles:
+        shown = " and ".join(shortened(name) for name in roles.values())
+        raise UserError(
+            f"{where}: its rows name images in {shown}, and no column says which split a row belongs to: add a column "
+            "split, write one table for each split, or pass --split_column_name none to use all rows alike"
+        )
 
 
 def _common(

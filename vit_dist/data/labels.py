@@ -97,7 +97,7 @@ def _one_hot(table: datasets.Dataset, image: str) -> str | None:
     if len(flags) < 2:
         return None
     per_row = np.sum(list(flags.values()), axis=0)
-    what = f"columns {listed(flags)} hold {_spelled(table, flags)}"
+    what = f"columns {listed(flags, 120)} hold {_spelled(table, flags)}"
     if (per_row > 1).any():
         choice = f"write one column label, or take one with --label_column_name {shortened(next(iter(flags)))}"
         return f"{what} (several classes per image, of which one is supported): {choice}"
@@ -130,7 +130,7 @@ def _judge_flags(table: datasets.Dataset, image: str, label: str, where: str, na
         return []
     others = [name for name in flags if name != label and not (flags[name] & flags[label]).any()]
     per_row = np.sum([flags[name] for name in (label, *others)], axis=0)
-    if len(others) > 1 and (per_row == 1).all() and (named or len(others) == len(flags) - 1):
+    if len(others) > 1 and (per_row == 1).all() and named:
         raise UserError(
             f"{where}: column {shortened(label)} is part of a one-hot encoding with {listed(others, 120)}: its classes "
             "would be 0 and 1. Write one column label with the class of each row, and name that column"

@@ -140,7 +140,9 @@ def apply_policy(
     count = f"{len(bad):,} of {len(table):,} images of {split_name} {kinds}"
     if options.on_bad_image != "skip":
         raise UserError(f"{count}; mend or remove them{skip}:", _lines(bad))
-    if len(bad) / len(table) > options.max_bad_fraction or len(bad) == len(table):
+    if len(bad) == len(table):
+        raise UserError(f"{count}, so none would be left; mend or restore some of them:", _lines(bad))
+    if len(bad) / len(table) > options.max_bad_fraction:
         pass_it = f"; pass --max_bad_fraction {needed:g} to leave them out" if needed < 1 else ""
         raise UserError(
             f"{count} ({len(bad) / len(table):.2%}), too many for --on_bad_image skip with "

@@ -17,6 +17,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from yaml import YAMLError
+
+from vit_dist.errors import first_line
 from vit_dist.threads import spin_briefly
 
 USER_ERROR = 2  # exit code of a process whose error has been shown in one line
@@ -38,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, first = error.get_first_failure()
         if first.exitcode != USER_ERROR:
             raise
+        return USER_ERROR
+    except (ValueError, YAMLError) as error:  # of the launcher itself: its arguments, or Accelerate's file
+        sys.stderr.write(f"error: {name} refuses its arguments or file: {first_line(error, 300)}\n")
         return USER_ERROR
     return 0
 
