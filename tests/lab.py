@@ -364,7 +364,13 @@ def committed(folder: Path) -> list[int]:
     """Steps of the checkpoints that are as they were committed, oldest first."""
     from vit_dist.checkpoint import store
 
-    return sorted(store.step_of(path) for path in store.checkpoints(folder) if store.integrity_error(path) is None)
+    def is_whole(path: Path) -> bool:
+        try:
+            return store.integrity_error(path) is None
+        except FileNotFoundError:  # a job that still runs has just deleted it for a newer one
+            return False
+
+    return sorted(store.step_of(path) for path in store.checkpoints(folder) if is_whole(path))
 
 
 def status(folder: Path) -> dict[str, Any]:
