@@ -16,7 +16,7 @@ logger = logging.getLogger("vit_dist")
 RATE, MFU = "images_per_second", "mfu"
 WAIT_THRESHOLDS = {"data_wait": 0.2, "communication_wait": 0.25, "checkpoint_wait": 0.1}  # shares worth a word
 KEYS = (RATE, MFU, *WAIT_THRESHOLDS)  # of a row; they differ from attempt to attempt
-MIN_STEPS_FOR_HINT = 20  # steps after which a word is said
+MIN_STEPS_FOR_HINT = 20  # steps of an attempt before a tuning hint is logged
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vit_dist.errors import UserError
 from vit_dist.launch.gpus import Gpus, visible_gpus
 from vit_dist.launch.network import check_network, check_packages, interface_of, is_here
 from vit_dist.launch.strategies import TORCHRUN, find, fitted, launcher_words
-from vit_dist.launch.topology import FLAGS, Asked, Topology, environment_of, host, read_topology
+from vit_dist.launch.topology import FLAGS, HERE, Asked, Topology, environment_of, host, read_topology
 from vit_dist.parser import Parser
 
 # What an outer launcher leaves would make a single process wait for others.
@@ -96,7 +96,7 @@ def of_this_machine(module: str, arguments: Sequence[str], gpus: Gpus) -> Start 
     """Without launch flags: a process for each visible GPU; None for fewer than two."""
     if gpus.count < 2:
         return None
-    topology = Topology(1, 0, gpus.count, "127.0.0.1", None)
+    topology = Topology(1, 0, gpus.count, HERE, None)
     words = launcher_words(find(TORCHRUN), topology, [])
     variables = environment_of(topology, job_cores(), os.environ)
     return Start([sys.executable, *words, "-m", module, *arguments], variables, [])
